@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .plots import progress
 
-# %% ../nbs/01_bigram.ipynb #0fad79e7
+# %% ../nbs/01_bigram.ipynb #1213da6a
 def bigram_counts(
     ids:Tensor,     # (N,) token ids
     vocab_size:int, # V
 )->Tensor:          # (V, V) integers; row = this token, column = the next one
     "How often each token is followed by each other token."
+    if ids.dim() != 1: raise ValueError(f'ids has shape {tuple(ids.shape)}: give one long sequence, shape (N,)')
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size: raise ValueError(f'ids runs from {ids.min()} to {ids.max()}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}: use the tokenizer that made the ids')
     pairs = ids[:-1] * vocab_size + ids[1:]  # (N-1,): a pair (a, b) as the single number a*V + b
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
 
@@ -85,7 +87,7 @@ def evaluate(
     model.train(was_training)
     return total / n
 
-# %% ../nbs/01_bigram.ipynb #82a927f2
+# %% ../nbs/01_bigram.ipynb #a2292ba4
 @torch.no_grad()
 def sample(
     model:nn.Module,                        # `model(idx) -> (logits, None)`
@@ -95,10 +97,11 @@ def sample(
     generator:torch.Generator|None=None,    # the same seed gives the same text
 )->Tensor:                                  # (B, T + max_new_tokens)
     "Continue `idx`: ask the model, draw one token from its answer, append it, ask again."
+    if idx.dim() != 2 or idx.shape[1] == 0: raise ValueError(f'idx has shape {tuple(idx.shape)}: give rows of at least one token, shape (B, T)')
     for _ in range(max_new_tokens):
         seen = idx if block_size is None else idx[:, -block_size:]
         logits, _ = model(seen)
-        probs = logits[:, -1].softmax(-1)                                # (B, V)
+        probs = logits[:, -1].softmax(-1)                                   # (B, V)
         new = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
     return idx

@@ -69,7 +69,7 @@ def verdict(
     if record['holds']: return 'holds'
     return 'weak' if (record['threshold'] or {}).get('weak') else 'does not hold'
 
-# %% ../nbs/support/claims.ipynb #ceb330b0
+# %% ../nbs/support/claims.ipynb #8bef7bd2
 KEYS = ('claim', 'name', 'value', 'unit', 'seed', 'seconds', 'threshold', 'holds', 'reference')
 _now = {'chapter': None, 'records': []}
 
@@ -81,51 +81,49 @@ def chapter(
         raise ValueError(f"chapter {name!r} must be a plain name such as '03_attention': no folder, no ending")
     _now.update(chapter=name, records=[])
 
-# %% ../nbs/support/claims.ipynb #3e9dd0e0
 def records() -> list[dict]:
     "The current chapter's records so far, as copies"
     return [dict(r) for r in _now['records']]
 
-# %% ../nbs/support/claims.ipynb #1df475b8
+# %% ../nbs/support/claims.ipynb #b7a006e7
+def _keep(
+    record:dict, # one record
+):
+    "Add a record, or put it where one of the same claim, name and seed stands"
+    same = lambda r: all(r[key] == record[key] for key in ('claim', 'name', 'seed'))
+    spots = [i for i, r in enumerate(_now['records']) if same(r)]
+    if spots: _now['records'][spots[0]] = record
+    else: _now['records'].append(record)
+
+# %% ../nbs/support/claims.ipynb #139e67ba
 def _number(
     value, # what a notebook measured
     what:str, # the name of the argument, for the error
-):
+): # a bool, an int or a float
     "A Python number out of a Python number, a numpy scalar or a tensor with one element"
-    if hasattr(value, 'item') and getattr(value, 'size', 1) != 0:
-        try: value = value.item()
-        except (ValueError, RuntimeError): pass
+    try: value = value.item()
+    except (AttributeError, ValueError, RuntimeError): pass # no item, or too many
     if isinstance(value, (bool, int, float)): return value
-    raise ValueError(f'{what} must be one number or a truth value, got {type(value).__name__} {value!r}: '
+    raise ValueError(f'{what} must be one number or a truth value, got {type(value).__name__}: '
                      'reduce it first, for example with .mean() or .max()')
 
-# %% ../nbs/support/claims.ipynb #750c70f4
+# %% ../nbs/support/claims.ipynb #3e9f7a73
 def _threshold(
     asked:dict, # at_least, at_most, within, equals; None where not asked
     weak:bool, # report a miss, do not raise
 ) -> dict|None:
     "The thresholds that were asked, checked"
-    kept = {k: v for k, v in asked.items() if v is not None}
-    for k, v in kept.items():
-        if k == 'within':
-            if len(v) != 2: raise ValueError(f'within={v!r} must be a pair (low, high)')
-            kept[k] = [_number(x, k) for x in v]
-            if not kept[k][0] <= kept[k][1]: raise ValueError(f'within={v!r} is empty: write (low, high) with low <= high')
-        else: kept[k] = _number(v, k)
+    kept = {key: v for key, v in asked.items() if v is not None}
+    for key, v in kept.items():
+        if key != 'within': kept[key] = _number(v, key)
+        elif len(v) != 2: raise ValueError(f'within={v!r} must be a pair (low, high)')
+        else:
+            kept[key] = [_number(x, key) for x in v]
+            if not kept[key][0] <= kept[key][1]: raise ValueError(f'within={v!r} is empty: write (low, high) with low <= high')
     if weak and not kept: raise ValueError('weak=True needs a threshold to fall short of: give at_least, at_most, within or equals')
     return dict(kept, weak=True) if weak else kept or None
 
-# %% ../nbs/support/claims.ipynb #8a2bcf2b
-def _keep(
-    record:dict, # one record
-):
-    "Add a record; one of the same claim, name and seed is replaced, so that a cell can be run again"
-    same = lambda r: all(r[k] == record[k] for k in ('claim', 'name', 'seed'))
-    spots = [i for i, r in enumerate(_now['records']) if same(r)]
-    if spots: _now['records'][spots[0]] = record
-    else: _now['records'].append(record)
-
-# %% ../nbs/support/claims.ipynb #db3ade7c
+# %% ../nbs/support/claims.ipynb #800ff135
 def line(
     record:dict, # one record
 ) -> str:
@@ -133,6 +131,14 @@ def line(
     value = f"{fmt(record['value'])} {record['unit']}".strip()
     want = f"({asked(record['threshold'])})" if record['threshold'] else ''
     return f"{record['claim']:<3} {record['name']:<44} {value:>14}  {want:<22} {verdict(record)}"
+
+def _miss(
+    record:dict, # a record that does not hold
+) -> str:
+    "The sentence an unmet claim is reported with; digits in full"
+    want = asked(record['threshold']) or 'a finite number'
+    value = f"{record['value']!r} {record['unit']}".strip()
+    return f"Claim {record['claim']} does not hold: {record['name']} came out at {value}, and {want} was asked."
 
 # %% ../nbs/support/claims.ipynb #448c62b0
 def measured(
@@ -158,40 +164,33 @@ def measured(
     if record['holds'] is False and not weak: raise AssertionError(_miss(record))
     return value
 
-# %% ../nbs/support/claims.ipynb #c535f15d
-def _miss(
-    record:dict, # a record that does not hold
-) -> str:
-    "The sentence an unmet claim is reported with; digits in full"
-    want = asked(record['threshold']) or 'a finite number'
-    value = f"{record['value']!r} {record['unit']}".strip()
-    return f"Claim {record['claim']} does not hold: {record['name']} came out at {value}, and {want} was asked."
-
-# %% ../nbs/support/claims.ipynb #c53b26d1
+# %% ../nbs/support/claims.ipynb #9d379193
 def _cell(
     text:str, # what goes into one cell
 ) -> str:
     "Text that a markdown table leaves as it is"
-    return re.sub(r'([\\|*_`$<>\[\]~])', r'\\\1', text).replace('\n', ' ')
+    text = text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;').replace('|', '&#124;')
+    return re.sub(r'([\\*_`$\[\]~])', r'\\\1', text).replace('\n', ' ')
 
-# %% ../nbs/support/claims.ipynb #6c1ed93a
+# %% ../nbs/support/claims.ipynb #52ba02df
 class Table:
     "Records as a table: markdown where it is rendered, aligned text elsewhere"
-    def __init__(self, 
-                 records:list[dict], # what `records` or `load_records` returned
+    head = ['claim', 'what was measured', 'value', 'asked', 'verdict', 'reference']
+
+    def __init__(self,
+                 records:list[dict], # what `records` returned, or a chapter of `load_records`
                 ):
-        self.head = ['claim', 'what was measured', 'value', 'asked', 'verdict', 'reference']
-        self.rows = [[r['claim'], r['name'], f"{fmt(r['value'])} {r['unit']}".strip(), asked(r['threshold']), verdict(r), r['reference']] for r in records]
+        value = lambda r: f"{fmt(r['value'])} {r['unit']}".strip()
+        self.rows = [[r['claim'], r['name'], value(r), asked(r['threshold']), verdict(r), r['reference']] for r in records]
 
     def _repr_markdown_(self):
-        rows = [self.head, [':--', ':--', '--:', ':--', ':--', ':--']] + [[_cell(c) for c in r] for r in self.rows]
+        rows = [self.head, [':--', ':--', '--:', ':--', ':--', ':--']] + [list(map(_cell, r)) for r in self.rows]
         return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
     def __repr__(self):
-        rows = [self.head] + self.rows
-        wide = [max(map(len, column)) for column in zip(*rows)]
+        wide = [max(map(len, column)) for column in zip(self.head, *self.rows)]
         put = lambda r: '  '.join(c.rjust(w) if i == 2 else c.ljust(w) for i, (c, w) in enumerate(zip(r, wide))).rstrip()
-        return '\n'.join([put(rows[0]), '  '.join('-' * w for w in wide)] + [put(r) for r in rows[1:]])
+        return '\n'.join(map(put, [self.head, ['-' * w for w in wide], *self.rows]))
 
 # %% ../nbs/support/claims.ipynb #b755f7b4
 def _root(
@@ -203,12 +202,12 @@ def _root(
         if (folder/'settings.ini').is_file(): return folder
     raise ValueError('no settings.ini in this folder or above it: record claims from inside a clone of the course')
 
-# %% ../nbs/support/claims.ipynb #2955ba05
+# %% ../nbs/support/claims.ipynb #47c0e85f
 def _write(
     path:Path, # the chapter's file
     records:list[dict], # its records
 ):
-    "Write records as JSON lines: to a temporary name, flushed to disk, then renamed"
+    "Write records as JSON lines: under a temporary name, flushed to disk, then renamed"
     finite = lambda r: dict(r, value=r['value'] if math.isfinite(r['value']) else None)
     text = ''.join(json.dumps(finite(r), ensure_ascii=False, allow_nan=False) + '\n' for r in records)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,34 +223,36 @@ def _write(
         os.unlink(temporary)
         raise
 
-# %% ../nbs/support/claims.ipynb #5e059f4b
+# %% ../nbs/support/claims.ipynb #5f529061
 def show() -> Table:
-    "The chapter's table; writes results/claims/<chapter>.jsonl if TRANSFORMER_COURSE_RECORD=1"
+    "The chapter's table; also writes results/claims/<chapter>.jsonl if TRANSFORMER_COURSE_RECORD=1"
     if os.environ.get('TRANSFORMER_COURSE_RECORD') == '1':
         if _now['chapter'] is None:
             raise ValueError("records need a chapter to go to: call claims.chapter('03_attention') at the top of the notebook")
         _write(_root()/'results'/'claims'/f"{_now['chapter']}.jsonl", _now['records'])
     return Table(_now['records'])
 
-# %% ../nbs/support/claims.ipynb #126fad0e
+# %% ../nbs/support/claims.ipynb #c92cbece
 def _parse(
     text:str, # one line of a file
     where:str, # its file and line number, for the error
 ) -> dict:
     "One record out of one line"
+    mend = 'run the chapter again with TRANSFORMER_COURSE_RECORD=1'
     try: record = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f'{where} is not JSON ({e}): run the chapter again with TRANSFORMER_COURSE_RECORD=1') from None
-    missing = [k for k in KEYS if not isinstance(record, dict) or k not in record]
-    if missing: raise ValueError(f'{where} lacks {", ".join(missing)}: a record has the keys {", ".join(KEYS)}')
+    except json.JSONDecodeError as e: raise ValueError(f'{where} is not JSON ({e.msg}): {mend}') from None
+    if not isinstance(record, dict): raise ValueError(f'{where} is {type(record).__name__}, not an object: {mend}')
+    missing = [key for key in KEYS if key not in record]
+    if missing: raise ValueError(f'{where} lacks {", ".join(missing)}: {mend}')
     return record
 
-# %% ../nbs/support/claims.ipynb #df1d8bd8
+# %% ../nbs/support/claims.ipynb #c219cc7e
 def load_records(
     folder, # such as results/claims
 ) -> dict[str, list[dict]]: # chapter -> its records, chapters in order
     "All records of a folder of JSON lines"
     folder = Path(folder)
-    if not folder.is_dir(): raise ValueError(f'folder {str(folder)!r} is not there: give the folder that holds <chapter>.jsonl files')
-    lines = lambda p: enumerate(p.read_text(encoding='utf-8').splitlines(), 1)
-    return {p.stem: [_parse(text, f'{p.name} line {n}') for n, text in lines(p) if text.strip()]
-            for p in sorted(folder.glob('*.jsonl'))}
+    if not folder.is_dir(): raise ValueError(f'folder {str(folder)!r} is not there: give the one that holds the <chapter>.jsonl files')
+    lines = lambda path: enumerate(path.read_text(encoding='utf-8').split('\n'), 1)
+    return {path.stem: [_parse(text, f'{path.name} line {n}') for n, text in lines(path) if text.strip()]
+            for path in sorted(folder.glob('*.jsonl'))}

