@@ -93,8 +93,8 @@ def sync():
 def notebooks():
     "Every notebook runs, from top to bottom; the time each takes is printed."
     threads = str(max(1, (os.cpu_count() or 2) // WORKERS))
-    env = environment(IN_TEST='1', OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TRANSFORMER_COURSE_PROGRESS='0')
-    code, printed = run(['nbdev_test', '--n_workers', str(WORKERS), '--timing'], limit=LIMIT, cwd=ROOT, env=env)
+    env = environment(IN_TEST='1', OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TRANSFORMER_COURSE_PROGRESS='0', PYTHONUNBUFFERED='1')
+    code, printed = run(['nbdev_test', '--n_workers', str(WORKERS), '--timing', '--do_print'], limit=LIMIT, cwd=ROOT, env=env)
     slow = [(n, int(s)) for n, s in re.findall(r'^(\S+\.ipynb): (\d+) secs$', printed, re.M) if int(s) > BUDGET]
     for name, seconds in slow: print(f'over budget: {name} took {seconds} s, its budget is {BUDGET} s')
     if not code and 'Success.' not in printed: code = 1

@@ -47,7 +47,7 @@ class BigramLanguageModel(nn.Module):
         logits = self.table(idx)  # (B, T) -> (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
-# %% ../nbs/01_bigram.ipynb #32ea340b
+# %% ../nbs/01_bigram.ipynb #3627662a
 def fit(
     model:nn.Module,                                # `model(idx, targets) -> (logits, loss)`
     batch:Callable[[], tuple[Tensor, Tensor]],      # returns the next (x, y)
@@ -55,7 +55,7 @@ def fit(
     lr:float=1e-3,                                  # AdamW's step size
     optimizer:torch.optim.Optimizer|None=None,      # instead of AdamW
 )->list[float]:                                     # the loss before each update, nats
-    "The training loop in five lines: loss, gradients, step, forget the gradients, again."
+    "The training loop in five lines: loss, forget the old gradients, compute new ones, step, again."
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
     for _ in progress(range(steps), desc='fit'):

@@ -56,12 +56,15 @@ class SampleConfig:
     seed:int = 1337              # the same seed writes the same text
     device:str = 'auto'          # auto, cpu, cuda or mps
 
-# %% ../nbs/support/cli.ipynb #4185f281
+# %% ../nbs/support/cli.ipynb #d679d2c6
 def field_comments(
     cls:type, # a dataclass whose fields have comments
 )->dict[str, str]: # field name -> comment
-    "The comment behind each field of a dataclass, read from its source."
-    return {m[1]: m[2] for m in re.finditer(r'^\s+(\w+)\s*:[^#\n]*#\s*(.*)$', inspect.getsource(cls), re.M)}
+    "The comment behind each field of a dataclass, read from its source; empty where the source is not a file."
+    try: source = inspect.getsource(cls)
+    except OSError: source = ''
+    found = {m[1]: m[2] for m in re.finditer(r'^\s+(\w+)\s*:[^#\n]*#\s*(.*)$', source, re.M)}
+    return {f.name: found.get(f.name, '') for f in fields(cls)}
 
 # %% ../nbs/support/cli.ipynb #3a4fd000
 SHAKESPEARE = dict(  # the main job: a small GPT with today's choices, each explained in chapters 05 to 07
@@ -185,7 +188,7 @@ def first_prompt(tokenizer:CharTokenizer)->str:
     "A newline, as the talk does; the first character of the vocabulary where the text has no newline."
     return '\n' if '\n' in tokenizer.chars else tokenizer.chars[0]
 
-# %% ../nbs/support/cli.ipynb #29f7d498
+# %% ../nbs/support/cli.ipynb #eda598be
 class Reporter:
     "Says what a run does: one line and one short sample for each evaluation, and a picture of the losses."
     def __init__(self, model:GPT, tokenizer:CharTokenizer, data:DataConfig):
@@ -204,7 +207,9 @@ class Reporter:
     def plot(self, history:History)->None:
         steps, losses = zip(*history.val)
         curves = dict(training=(range(1, len(history.losses) + 1), history.losses), validation=(steps, losses))
-        save_png(plot_losses({k: v for k, v in curves.items() if len(v[0])}), Path(self.data.out_dir) / 'loss.png')
+        ax = plot_losses({k: v for k, v in curves.items() if len(v[0])})
+        save_png(ax, Path(self.data.out_dir) / 'loss.png')
+        if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close(ax.figure)  # in a notebook it would be shown as well
 
 # %% ../nbs/support/cli.ipynb #c0a41f26
 def resumed(
