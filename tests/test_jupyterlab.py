@@ -75,7 +75,7 @@ def test_run_all_cells(lab, browser, name):
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     page.wait_for_function(f"(() => {{ const p = {PROMPTS}; return p.length && (p.every(t => /\\[\\d+\\]/.test(t)) || "
-                           "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')) })()", timeout=300_000)
+                           "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')) })()", timeout=600_000)
     page.keyboard.press('Control+s')
     page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=30_000)
     code = [c for c in json.loads((folder/name).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]

@@ -40,11 +40,20 @@ def page(browser, address, request):
     page.problems = []
     page.on('console', lambda m: page.problems.append(f'console: {m.text}') if m.type == 'error' else None)
     page.on('pageerror', lambda e: page.problems.append(f'error: {e}'))
-    page.on('requestfailed', lambda r: page.problems.append(f'failed: {r.url}'))
+    page.on('requestfailed', lambda r: page.problems.append(f'failed: {r.url}') if 'ERR_ABORTED' not in r.failure else None)  # aborted: the test went on
     page.on('response', lambda r: page.problems.append(f'{r.status}: {r.url}') if r.status >= 400 else None)
     page.on('request', lambda r: page.problems.append(f'elsewhere: {r.url}') if not r.url.startswith((address, 'data:')) else None)
     yield page
     context.close()
+
+
+# elements that stick out of the window to the right and that no box of their own scrolls; the page's own frame clips them
+STICKING_OUT = """[...document.querySelectorAll('main *')].filter(e => {
+  const r = e.getBoundingClientRect();
+  if (!r.width || !r.height || r.right <= innerWidth + 1) return false;
+  for (let p = e; p && p.tagName !== 'MAIN'; p = p.parentElement) if (getComputedStyle(p).overflowX !== 'visible' && p.getBoundingClientRect().right <= innerWidth + 1) return false;
+  return true;
+}).map(e => e.outerHTML.slice(0, 120))"""
 
 
 def luminance(color):
@@ -71,6 +80,7 @@ def test_every_page_loads(page, address, pages, site):
             assert page.locator('.katex').count() > 0, f'{name}: maths is not rendered'
             assert page.locator('.katex-error').count() == 0, f'{name}: {page.locator(".katex-error").first.get_attribute("title")}'
         assert page.evaluate('document.documentElement.scrollWidth - innerWidth') <= 0, f'{name} is wider than its window'
+        assert not page.evaluate(STICKING_OUT), f'{name}: sticks out of its window: {page.evaluate(STICKING_OUT)}'
         assert page.evaluate('[...document.images].every(i => i.complete && i.naturalWidth > 0)'), f'{name}: a picture did not load'
         assert page.evaluate('[...document.images].every(i => i.closest("nav") || i.alt)'), f'{name}: a picture has no description'
         assert not page.problems, f'{name}: {page.problems}'
@@ -82,6 +92,7 @@ def test_on_a_phone(page, address, pages):
     for name in pages:
         page.goto(address + name, wait_until='load')
         assert page.evaluate('document.documentElement.scrollWidth') <= 390, f'{name} is wider than a phone'
+        assert not page.evaluate(STICKING_OUT), f'{name}: sticks out of a phone: {page.evaluate(STICKING_OUT)}'
     page.goto(address + 'index.html', wait_until='load')
     page.locator('.quarto-btn-toggle').first.click()
     page.wait_for_selector('#quarto-sidebar.show')

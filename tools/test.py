@@ -48,6 +48,9 @@ def run(command, limit=None, **kw):
     if late:
         print(late[0], flush=True)
         code = 124
+    elif code < 0:
+        print(f'\nkilled by {signal.Signals(-code).name}', flush=True)
+        code = 128 - code
     return code, ''.join(lines)
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/03_attention.ipynb #0e0b4ebd
+# %% ../nbs/03_attention.ipynb #9d691ba6
 def attention_weights(
     q:Tensor,               # (..., T, D) what each query looks for
     k:Tensor,               # (..., S, D) what each key has to offer
@@ -23,7 +23,7 @@ def attention_weights(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.mT * scale                        # (..., T, D) @ (..., D, S) -> (..., T, S)
     if mask is None: return scores.softmax(-1)
-    if mask.dtype != torch.bool: return (scores + mask).softmax(-1)
+    if mask.dtype != torch.bool: mask, scores = mask > -math.inf, scores + mask.masked_fill(mask == -math.inf, 0.0)
     deaf = ~mask.any(-1, keepdim=True)               # (..., T, 1): a row that may look nowhere would be 0/0 = nan
     return scores.masked_fill(~(mask | deaf), -math.inf).softmax(-1).masked_fill(~mask, 0.0)
 

@@ -88,7 +88,7 @@ def parse_value(
     try: return {'true': True, 'yes': True, 'false': False, 'no': False}[word.lower()] if kind is bool else kind(word)
     except (ValueError, KeyError): raise argparse.ArgumentTypeError(f'{word!r} is not {NEEDED[kind]}') from None
 
-# %% ../nbs/support/cli.ipynb #666d22dd
+# %% ../nbs/support/cli.ipynb #54846221
 class Parser(argparse.ArgumentParser):
     "`argparse`, with errors of one line that name the nearest flag."
     def __init__(self, **kw):
@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         found, extra = self.parse_known_args(args, namespace)
         if not extra: return found
-        command = self._subparsers._group_actions[0].choices[found.command]
+        command = self._subparsers._group_actions[0].choices[found.command] if self._subparsers else self
         near = difflib.get_close_matches(extra[0], command._option_string_actions, 1)
         command.error(f'{extra[0]} is not known: ' + (f'did you mean {near[0]}?' if near else f'{command.prog} --help lists the flags'))
 
