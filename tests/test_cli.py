@@ -61,6 +61,11 @@ def test_info_tells_what_the_checkpoint_holds(trained):
     assert '1 layers' in out and '30 of 30 steps' in out and 'my.txt' in out
 
 
+def test_info_and_version_need_no_checkpoint(run):
+    assert 'none in' in run('info').stdout and run('info').returncode == 0
+    assert run('--version').stdout.startswith('transformer_course ')
+
+
 def test_resume_goes_on_where_the_run_ended(trained):
     result = trained('train', '--resume', '--text', 'my.txt', '--max_iters', 40)
     assert result.returncode == 0, result.stderr

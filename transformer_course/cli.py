@@ -259,18 +259,20 @@ def run_sample(values:dict)->None:
                                    top_k=config.top_k, top_p=config.top_p, generator=generator): print(piece, end='', flush=True)
     print()
 
-# %% ../nbs/support/cli.ipynb #e7b009ae
+# %% ../nbs/support/cli.ipynb #8c9889a1
 def run_info(values:dict)->None:
     "`transformer-course info`: versions, device, and what the checkpoint holds."
     print(f'transformer_course {__version__}, torch {torch.__version__.split("+")[0]}, Python {platform.python_version()}')
     print(f'device      {find_device()}, {torch.get_num_threads()} threads')
-    model, about = load_model(Path(values['out_dir']) / 'checkpoint')
+    folder = Path(values['out_dir']) / 'checkpoint'
+    if not folder.exists(): return print(f'checkpoint  none in {str(folder)!r}')
+    model, about = load_model(folder)
     c, val = model.config, about['history']['val']
     print(f'checkpoint  {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}')
     print(f'text        {about["text"]["source"]}')
     print(f'trained     {about["step"]} of {about["train"]["max_iters"]} steps' + (f', val loss {val[-1][1]:.4f} nats per character' if val else ''))
 
-# %% ../nbs/support/cli.ipynb #7c92c619
+# %% ../nbs/support/cli.ipynb #74d483d2
 TRAIN_EXAMPLES = """examples:
   transformer-course train                              Tiny Shakespeare, under three minutes on two cores
   transformer-course train --text my.txt                your own text
@@ -280,6 +282,7 @@ TRAIN_EXAMPLES = """examples:
 def make_parser()->tuple[Parser, dict]: # the parser, and the defaults of each command
     "The command line: one flag for each field of the dataclasses."
     parser = Parser(prog='transformer-course', description='Train a small GPT and let it write. Each command has its own --help.')
+    parser.add_argument('--version', action='version', version=f'transformer_course {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample | info', parser_class=Parser)
     parts = dict(train=(DataConfig, TrainConfig, GPTConfig), sample=(SampleConfig,))
     defaults = {name: {k: v for cls in classes for k, v in asdict(cls()).items()} for name, classes in parts.items()}
