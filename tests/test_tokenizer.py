@@ -3,6 +3,7 @@ import json, random, time
 from collections import Counter
 import pytest
 from transformer_course import tokenizer as T
+from transformer_course.sources import SourceError, gpt2_encoding, load_text
 from transformer_course.tokenizer import BPETokenizer, ByteVocabulary, cut_stream, learn_merges, merge_bytes, split_pieces
 
 hypothesis = pytest.importorskip('hypothesis')
@@ -77,7 +78,9 @@ def test_merges_of_a_text_equal_a_naive_trainer():
 
 
 @pytest.fixture(scope='module')
-def play(): return __import__('transformer_course.sources', fromlist=['load_text']).load_text().text
+def play():
+    "Tiny Shakespeare, or what `load_text` gives in its place."
+    return load_text().text
 
 
 def test_tokens_equal_hugging_face(play):
@@ -97,15 +100,6 @@ def test_pieces_equal_hugging_face(play):
     theirs = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     for text in (play, PROSE):
         assert [text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)] == split_pieces(text)
-
-
-def test_training_takes_less_than_a_second_of_cpu(play):
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        BPETokenizer.train(play, 1024)
-        times.append(time.process_time() - start)
-    assert min(times) < 1.0
 
 
 def test_special_tokens_part_the_training_text():
@@ -177,11 +171,14 @@ def test_chunks_change_nothing(tok, chunks, buffer):
     assert list(tok.encode_stream(chunks, 'all')) == tok.encode(''.join(chunks), 'all')
 
 
-@everyday
-@given(texts, st.integers(1, 5))
-def test_one_character_chunks(tok, text, size):
+@settings(max_examples=500, deadline=None)
+@given(texts, st.integers(1, 5), st.sampled_from([[], [END]]))
+@example("I'll", 1, [])
+@example('a  b', 1, [])
+def test_small_chunks(tok, text, size, specials):
+    "Without special tokens fewer characters are held back: the case that tests what the pattern itself needs."
     parts = [text[i:i + size] for i in range(0, len(text), size)]
-    flat = lambda chunks: [x for pieces, s in cut_stream(chunks, [END], buffer=0) for x in (*pieces, s) if x]
+    flat = lambda chunks: [x for pieces, s in cut_stream(chunks, specials, buffer=0) for x in (*pieces, s) if x]
     assert flat(parts) == flat([text])
 
 
@@ -205,7 +202,7 @@ def test_a_stream_needs_little_memory(tok):
 def test_memory_of_pieces_is_bounded(tok, monkeypatch):
     monkeypatch.setattr(T, 'CACHE_SIZE', 10)
     mine = BPETokenizer(tok.tokens)
-    text = ' '.join(map(str, range(1000))) + 'x' * 1000
+    text = ' '.join(map(str, range(1000))) + ' ' + 'x' * 1000 + '! the end'
     assert mine.encode(text) == tok.encode(text)
     assert len(mine.cache) <= 10 and max(map(len, mine.cache)) <= T.CACHE_LENGTH
 
@@ -217,12 +214,13 @@ def test_huge_pieces(tok, fast, text):
     assert list(tok.encode_stream(text[i:i + 5000] for i in range(0, len(text), 5000))) == tok.encode(text)
 
 
-def test_every_letter_of_unicode(tok, fast):
-    "Whatever edition of Unicode each library has; in random order, so that pieces have to be cut everywhere."
-    chars = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
-    random.Random(0).shuffle(chars)
-    text = ''.join(chars)
-    assert tok.encode(text) == fast.encode(text)
+@pytest.mark.parametrize('first', 'a1!')
+def test_every_letter_of_unicode(first):
+    """Whatever edition of Unicode each library has. The tokens join `first` to the first byte of what follows, so a cut in front
+    of a character shows in the ids."""
+    tok = BPETokenizer([bytes([i]) for i in range(256)] + [first.encode() + bytes([lead]) for lead in range(0xc2, 0xf5)])
+    text = ''.join(first + chr(c) for c in (*range(0x80, 0x10000), *range(0x10000, 0x110000, 5)) if not 0xd800 <= c < 0xe000)
+    assert tok.encode(text) == tok.to_tiktoken().encode(text)
 
 
 def test_several_special_tokens():
@@ -239,7 +237,6 @@ def test_several_special_tokens():
 
 
 def test_gpt2(play):
-    from transformer_course.sources import SourceError, gpt2_encoding
     try: gpt2 = gpt2_encoding()
     except SourceError as e: pytest.skip(str(e))
     ours = BPETokenizer([gpt2.decode_single_token_bytes(i) for i in range(50256)], [END])
@@ -269,11 +266,11 @@ def test_damaged_files(tok, tmp_path, damage):
     with pytest.raises(ValueError, match='is not a saved BPETokenizer'): BPETokenizer.load(path)
 
 
-def test_wrong_tokens(tmp_path):
+def test_wrong_tokens():
     singles = [bytes([i]) for i in range(256)]
     for tokens, match in ((singles[1:], '256 single bytes'), (singles + [b'ab', b'ab'], 'twice'), (singles + [b'abc'], 'two earlier'), (singles + [b''], 'two earlier'), ([*'ab'], 'bytes')):
         with pytest.raises(ValueError, match=match): ByteVocabulary(tokens)
-    for specials in (['a', 'a'], ['<|a', '<|a|>'], [''], [5]):
+    for specials in (['a', 'a'], ['<|a', '<|a|>'], [''], [5], ['a', 5], END):
         with pytest.raises(ValueError, match='special_tokens'): ByteVocabulary(singles, specials)
         with pytest.raises(ValueError, match='special_tokens'): BPETokenizer.train('abc', 300, specials)
 

@@ -7,6 +7,11 @@ __all__ = ['SHAKESPEARE', 'NEEDED', 'TRAIN_EXAMPLES', 'DataConfig', 'SampleConfi
            'Parser', 'add_fields', 'settings', 'pick', 'find_device', 'Corpus', 'load_corpus', 'continue_text',
            'first_prompt', 'Reporter', 'resumed', 'run_train', 'run_sample', 'run_info', 'make_parser', 'main']
 
+# %% ../nbs/support/cli.ipynb #652fb718
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 # %% ../nbs/support/cli.ipynb #6a436f1f
 import argparse
 import difflib

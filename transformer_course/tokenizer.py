@@ -107,7 +107,7 @@ def merge_bytes(
         if i: offer(before[i], stop)
     return [ranks[piece[i:end[i]]] for i in range(n) if end[i] > 0]
 
-# %% ../nbs/08_tokenizer.ipynb #a377b4aa
+# %% ../nbs/08_tokenizer.ipynb #a1fb110e
 def _check(tokens, special_tokens)->None:
     "Raise a `ValueError` that says what is wrong with a vocabulary."
     if not all(isinstance(t, bytes) for t in tokens): raise ValueError(f'tokens must be bytes: {next(t for t in tokens if not isinstance(t, bytes))!r} is not')
@@ -117,21 +117,24 @@ def _check(tokens, special_tokens)->None:
         if t in known: raise ValueError(f'tokens[{i}]={t!r} occurs twice: give each token once')
         if not any(t[:k] in known and t[k:] in known for k in range(1, len(t))): raise ValueError(f'tokens[{i}]={t!r} is not made of two earlier tokens: is the order that of training?')
         known.add(t)
+    if isinstance(special_tokens, str): raise ValueError(f'special_tokens={special_tokens!r} is a string: give a list of strings, [{special_tokens!r}]')
     for s in special_tokens:
         if not isinstance(s, str) or not s: raise ValueError(f'special_tokens has {s!r}: each must be a string of at least one character')
-        if sum(t.startswith(s) for t in special_tokens) > 1: raise ValueError(f'special_tokens has {s!r} twice, or another one that begins with it: a text could not say which is meant')
+        if sum(str(t).startswith(s) for t in special_tokens) > 1: raise ValueError(f'special_tokens has {s!r} twice, or another one that begins with it: a text could not say which is meant')
 
-# %% ../nbs/08_tokenizer.ipynb #1964319a
+# %% ../nbs/08_tokenizer.ipynb #549f4a38
 def _read_vocabulary(
     path:str|Path,                 # what `save` wrote
 )->tuple[list[bytes], list[str]]:  # tokens, special tokens
     "The contents of a saved tokenizer's file."
     try:
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
-        if saved['kind'] != 'bpe': raise ValueError('another kind of file')
-        return [t.encode('latin-1') for t in saved['tokens']], [str(s) for s in saved['special_tokens']]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f'path={str(path)!r} is not a saved BPETokenizer: write one with tokenizer.save(path)') from None
+        if saved['kind'] != 'bpe': raise ValueError(f"its kind is {saved['kind']!r}")
+        tokens = [t.encode('latin-1') for t in saved['tokens']]
+        _check(tokens, saved['special_tokens'])
+        return tokens, saved['special_tokens']
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f'path={str(path)!r} is not a saved BPETokenizer ({e}): write one with tokenizer.save(path)') from None
 
 # %% ../nbs/08_tokenizer.ipynb #196a455c
 class ByteVocabulary:
@@ -158,24 +161,24 @@ class ByteVocabulary:
     @classmethod
     def load(cls, path:str|Path): return cls(*_read_vocabulary(path)) # what `save` wrote
 
-# %% ../nbs/08_tokenizer.ipynb #61904379
+# %% ../nbs/08_tokenizer.ipynb #a439f03a
 def _mended(
     chunks:Iterable[str],  # strings that may hold surrogates
 )->Iterator[str]:          # the same without: pairs joined, lone ones replaced by U+FFFD
     "Repair text as tiktoken does, also where a pair of surrogates is split between two chunks."
     waiting = ''
     for chunk in chunks:
-        if not isinstance(chunk, str): raise ValueError(f'text is a {type(chunk).__name__}: give a string; for bytes there is encode_bytes')
+        if not isinstance(chunk, str): raise ValueError(f'text is of type {type(chunk).__name__}: give a string; for bytes there is encode_bytes')
         chunk = waiting + chunk
         waiting = chunk[-1] if '\ud800' <= chunk[-1:] <= '\udbff' else ''
         yield chunk[:len(chunk) - len(waiting)].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     if waiting: yield '\ufffd'
 
 def _any_of(strings:Collection[str]): # a pattern that finds any of them
-    "A pattern that finds any of `strings`, and nothing where there are none."
-    return regex.compile('|'.join(map(regex.escape, strings)) or '(?!)')
+    "A pattern that finds any of `strings`, at least one."
+    return regex.compile('|'.join(map(regex.escape, strings)))
 
-# %% ../nbs/08_tokenizer.ipynb #0cf0ace6
+# %% ../nbs/08_tokenizer.ipynb #3e9499d1
 def cut_stream(
     chunks:Iterable[str],           # one text, in chunks of any length
     allowed:Collection[str]=(),     # special tokens to report
@@ -188,9 +191,9 @@ def cut_stream(
     for chunk in chain(_mended(chunks), [None]):                      # None: the end
         text, last, at = text + (chunk or ''), chunk is None, 0
         if not last and len(text) < need: continue
-        if found := forbidden.search(text): raise ValueError(f"text contains the special token {found[0]!r}: pass allowed_special='all' to encode it as one, or disallowed_special=() to spell it out")
+        if banned and (found := forbidden.search(text)): raise ValueError(f"text contains the special token {found[0]!r}: pass allowed_special='all' to encode it as one, or disallowed_special=() to spell it out")
         settled = len(text) if last else len(text) - hold
-        for found in special.finditer(text):
+        for found in special.finditer(text) if allowed else ():
             if found.start() >= settled: break
             yield split_pieces(text[at:found.start()]), found[0]
             at = found.end()
@@ -228,7 +231,7 @@ def _explicit_pattern()->str: # some thirty thousand characters long
         pattern = pattern.replace(name, '[' + ''.join(rf'\x{{{a:x}}}-\x{{{b - 1:x}}}' for a, b in spans) + ']')
     return pattern
 
-# %% ../nbs/08_tokenizer.ipynb #5f8f7865
+# %% ../nbs/08_tokenizer.ipynb #09579d8d
 class BPETokenizer(ByteVocabulary):
     "Byte-level BPE with GPT-2's pieces (Radford 2019): text to ids and back, losing nothing."
     @functools.cached_property
@@ -243,11 +246,11 @@ class BPETokenizer(ByteVocabulary):
         tokens = [bytes([i]) for i in range(256)]
         for a, b in learn_merges({p.encode('utf-8'): n for p, n in counts.items()}, vocab_size - 256 - len(special_tokens)): tokens.append(tokens[a] + tokens[b])
         return cls(tokens, special_tokens)
-    def encode(self, text:str, allowed_special=(), disallowed_special='all')->list[int]: # see `encode_stream`
+    def encode(self, text:str, allowed_special=(), disallowed_special='all')->list[int]: # special tokens to write as one id, and those to refuse: 'all' (of the rest) or a set
         return list(self.encode_stream([text], allowed_special, disallowed_special))
     def encode_bytes(self, data:bytes)->list[int]: # any bytes, UTF-8 or not; special tokens are spelt out
         return [i for piece in split_pieces(data.decode('utf-8', 'surrogateescape')) for i in _piece_ids(self, piece)]
-    def encode_stream(self, chunks:Iterable[str], allowed_special=(), disallowed_special='all')->Iterator[int]: # one text in chunks
+    def encode_stream(self, chunks:Iterable[str], allowed_special=(), disallowed_special='all')->Iterator[int]: # one text in chunks; the same ids as `encode` of the whole
         allowed, banned = _permissions(self.special_tokens, allowed_special, disallowed_special)
         for pieces, special in cut_stream(chunks, allowed, banned):
             for piece in pieces: yield from _piece_ids(self, piece)

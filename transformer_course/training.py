@@ -22,11 +22,11 @@ from .gpt import GPT, GPTConfig, config_from_dict
 from .multihead import MultiHeadAttention
 from .plots import progress
 
-# %% ../nbs/09_training.ipynb #eaa108e7
+# %% ../nbs/09_training.ipynb #dcca9052
 @dataclass
 class TrainConfig:
     "How to train: the names are nanoGPT's where it has them."
-    max_iters:int = 1000                 # number of updates
+    max_iters:int = 800                  # number of updates
     batch_size:int = 16                  # B, sequences per forward pass
     gradient_accumulation_steps:int = 1  # forward passes per update
     optimizer:str = 'muon'               # muon (matrices by Muon, the rest by AdamW) or adamw
@@ -39,7 +39,7 @@ class TrainConfig:
     warmup_iters:int = 20                # updates until the step sizes are at their highest
     lr_decay:str = 'linear'              # linear or cosine to min_lr_ratio, or none
     min_lr_ratio:float = 0.0             # the last step size as a share of the highest
-    eval_interval:int = 250              # updates between evaluations, checkpoints and samples
+    eval_interval:int = 200              # updates between evaluations, checkpoints and samples
     seed:int = 1337                      # decides batches and dropout
 
 # %% ../nbs/09_training.ipynb #b32f1736
