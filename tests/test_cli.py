@@ -173,6 +173,17 @@ def test_ctrl_c_says_how_to_go_on(run):
     assert process.returncode == 130 and '--resume' in err and 'Traceback' not in err
 
 
+KILLED = """import os, signal, sys
+from transformer_course import cli
+report = cli.Reporter.__call__
+def report_and_die(self, step, history):
+    report(self, step, history)
+    if step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
+cli.Reporter.__call__ = report_and_die
+cli.main(sys.argv[2:])
+"""
+
+
 def losses(folder): return about(folder)['history']['losses']
 
 
@@ -181,13 +192,8 @@ def test_kill_and_resume_gives_the_same_losses(run, kill_at, tmp_path_factory):
     args = ['train', '--text', str(run.folder / 'my.txt'), *SMALL, '--dropout', '0.1', '--max_iters', '60', '--eval_interval', '10']
     whole = tmp_path_factory.mktemp('whole')
     subprocess.run([COMMAND, *args], cwd=whole, check=True, capture_output=True)
-    process = subprocess.Popen([COMMAND, *args], cwd=run.folder, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if re.match(rf'step +{kill_at} ', line): break
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL and about(run.folder)['step'] < 60
+    killed = subprocess.run([sys.executable, '-c', KILLED, str(kill_at), *args], cwd=run.folder, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and about(run.folder)['step'] == kill_at
     assert run('train', '--resume').returncode == 0
     assert losses(run.folder) == losses(whole)
     model = [(f / 'out/checkpoint/model.safetensors').read_bytes() for f in (run.folder, whole)]
