@@ -1,5 +1,6 @@
 """Generation: the cache changes no token, whatever the model; the filters are the ones everybody uses; stopping, seeds, modes."""
 import importlib.util
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_course.bigram import BigramLanguageModel, sample
-from transformer_course.generation import KVCache, filter_logits, generate, last_logits, next_token, stream
+from transformer_course.generation import Decoder, KVCache, LayerCache, accept_or_redraw, filter_logits, generate, last_logits, next_token, speculative, stream
 from transformer_course.gpt import GPT, GPTConfig, POSITIONS
 
 V, BLOCK = 13, 10
@@ -175,3 +176,44 @@ def test_bad_settings_are_named(bad, words):
 def test_bad_prompts_are_named(idx):
     with pytest.raises(ValueError, match='at least one token'): generate(BigramLanguageModel(5), idx, 3)
     with pytest.raises(ValueError, match='max_new_tokens=-1'): generate(BigramLanguageModel(5), torch.zeros(1, 1).long(), -1)
+
+
+@thorough
+@given(models(), st.integers(1, BLOCK - 1), st.integers(1, 3))
+def test_the_decoder_says_what_the_model_says(model, T, B):
+    "Logits after each token, read one by one behind a prompt, against the whole text at once."
+    idx = torch.randint(V, (B, BLOCK), generator=rng(T))
+    with torch.no_grad():
+        decoder, whole = Decoder(model, BLOCK), model(idx)[0]
+        pieces = [decoder(idx[:, :T])] + [decoder(idx[:, t:t + 1]) for t in range(T, BLOCK)]
+    torch.testing.assert_close(torch.stack(pieces, 1), whole[:, T - 1:], atol=1e-4, rtol=1e-4)
+
+
+@thorough
+@given(st.integers(1, 9), st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_the_cache_keeps_all_in_order_and_in_place(room, pieces):
+    cache, pairs = LayerCache(room), torch.randn(2, 2, 3, sum(pieces), 4, generator=rng(room))
+    moved, place = 0, None
+    for k, v in zip(*(z.split(pieces, -2) for z in pairs)):
+        cache.update(k, v)
+        moved, place = moved + (place != cache.k.data_ptr()), cache.k.data_ptr()
+    assert torch.equal(cache.k, pairs[0]) and torch.equal(cache.v, pairs[1]) and cache.length == sum(pieces)
+    assert moved <= 1 + max(0, math.ceil(math.log2(sum(pieces) / room)))  # it doubles
+
+
+@thorough
+@given(st.integers(0, 10_000), st.integers(2, 30))
+def test_speculation_keeps_the_distribution(seed, V):
+    p, q = (2 * torch.randn(2, V, dtype=torch.float64, generator=rng(seed))).softmax(-1)
+    accept, redraw = accept_or_redraw(p, q)
+    assert (q * accept + (q * (1 - accept)).sum() * redraw - p).abs().max() < 1e-12
+    assert torch.equal(accept_or_redraw(p, p)[0], torch.ones_like(p))
+
+
+def test_a_draft_that_is_the_target_is_never_rejected():
+    model = BigramLanguageModel(5)
+    model.table.weight.data = torch.randn(5, 5, generator=rng())
+    text, calls = speculative(model, model, torch.zeros(1, 1).long(), 20, ahead=4, generator=rng())
+    assert text.shape == (1, 21) and calls == 4
+    with pytest.raises(ValueError, match='ahead=0'): speculative(model, model, torch.zeros(1, 1).long(), 3, ahead=0)
+    with pytest.raises(ValueError, match='one prompt'): speculative(model, model, torch.zeros(2, 1).long(), 3)
