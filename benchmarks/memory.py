@@ -1,0 +1,92 @@
+"""Peak memory: of the main job, and of encoding a stream of 200 MB that nowhere exists as a whole.
+
+    python benchmarks/memory.py                  three runs of each; some minutes
+    python benchmarks/memory.py --megabytes 20   a shorter stream; nothing is written then
+
+The main job's peak does not depend on its number of updates, so it is measured on a short one, with the evaluation and
+the sample that belong to it; `full` repeats the peak of the whole job from main_job.json, if that is there. The stream
+is made of words drawn from 200,000 different ones as they are needed (the frequent ones as frequent as in a language,
+by Zipf's law), so the tokenizer's memory of pieces fills and is emptied many times. What is quoted is the growth: the
+highest resident memory while encoding, less the resident memory just before (imports, the tokenizer and the words).
+Linux only: it reads /proc. Writes benchmarks/results/memory.json.
+"""
+import argparse, itertools, json, os, random, re, statistics, subprocess, sys, time
+from pathlib import Path
+
+import main_job
+import peers
+
+CHUNK_WORDS, WORDS, UPDATES = 700, 200_000, 60
+
+
+def resident(name):
+    "A figure of this process in megabytes (1,048,576 bytes): VmRSS now, VmHWM at its highest."
+    found = re.search(rf'^{name}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M)
+    return int(found[1]) / 1024
+
+
+def words(n=WORDS, seed=0):
+    "n different made-up words of 2 to 12 letters."
+    rng, found = random.Random(seed), {}
+    while len(found) < n: found[''.join(rng.choices('etaoinshrdlucmfwypvbgkjqxz', range(26, 0, -1), k=rng.randint(2, 12)))] = None
+    return [*found]
+
+
+def stream(vocabulary, megabytes, seed=0):
+    "Chunks of text, `megabytes` * 1,000,000 characters in all, made as they are asked for."
+    rng, left = random.Random(seed), int(megabytes * 1_000_000)
+    weights = [*itertools.accumulate(1 / rank for rank in range(1, len(vocabulary) + 1))]
+    while left:
+        chunk = ' '.join(rng.choices(vocabulary, cum_weights=weights, k=CHUNK_WORDS)) + '.\n'
+        yield chunk[:left]
+        left -= len(chunk[:left])
+
+
+def encode_stream(megabytes):
+    "What a child process does: encode the stream and report the growth of its memory."
+    from transformer_course.sources import load_text
+    from transformer_course.tokenizer import BPETokenizer
+    tokenizer, vocabulary = BPETokenizer.train(load_text().text[:200_000], 1024), words()
+    chunks = stream(vocabulary, megabytes)
+    next(chunks)                                            # the weights exist from here on
+    try: Path('/proc/self/clear_refs').write_text('5')      # forget the peak of the imports, or it would hide ours
+    except OSError: pass
+    before, began = resident('VmRSS'), time.process_time()
+    ids = sum(1 for _ in tokenizer.encode_stream(chunks))
+    return dict(growth_mb=round(resident('VmHWM') - before, 1), before_mb=round(before, 1), ids=ids, cpu_seconds=round(time.process_time() - began, 1))
+
+
+def stream_memory(megabytes):
+    "`encode_stream` in a process of its own."
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, __file__, '--child', str(megabytes)], stdout=subprocess.PIPE, text=True, env=env)
+    if done.returncode: sys.exit(f'the process that encodes ended with status {done.returncode}')
+    return json.loads(done.stdout)
+
+
+def summary(runs, *keys): return dict(median={k: statistics.median(r[k] for r in runs) for k in keys}, runs=runs)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, default=3)
+    parser.add_argument('--megabytes', type=float, default=200)
+    parser.add_argument('--child', type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child: return print(json.dumps(encode_stream(args.child)))
+    streams, jobs = [], []
+    for i in range(args.runs):
+        streams.append(stream_memory(args.megabytes))
+        print(f"run {i + 1}: {args.megabytes:g} MB encoded, growth {streams[-1]['growth_mb']} MB, {streams[-1]['cpu_seconds']} s of CPU", flush=True)
+        job = main_job.run(['--max_iters', str(UPDATES), '--eval_interval', str(UPDATES)])
+        jobs.append({k: job[k] for k in ('peak_memory_mb', 'cpu_seconds', 'text')})
+        print(f"run {i + 1}: main job of {UPDATES} updates, peak {job['peak_memory_mb']} MB", flush=True)
+    result = dict(versions=peers.versions(), stream=dict(megabytes=args.megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
+                  main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')))
+    if main_job.RESULT.is_file(): result['main_job']['full'] = json.loads(main_job.RESULT.read_text())['median']['peak_memory_mb']
+    print(f"{'stream of ' + format(args.megabytes, 'g') + ' MB, growth':40}{result['stream']['median']['growth_mb']:8.1f} MB")
+    print(f"{'main job, peak':40}{result['main_job']['median']['peak_memory_mb']:8.1f} MB   (whole job: {result['main_job'].get('full', 'not measured')})")
+    if args.megabytes == 200: peers.write('memory', result)
+
+
+if __name__ == '__main__': main()
