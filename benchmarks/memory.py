@@ -1,4 +1,4 @@
-"""Peak memory: of the main job, and of encoding a stream of 200 MB that nowhere exists as a whole.
+"""Peak memory: of the main job, of sampling from a model of GPT-2's shape, and of encoding a stream of 200 MB that nowhere exists as a whole.
 
     python benchmarks/memory.py                  three runs of each; some minutes
     python benchmarks/memory.py --megabytes 20   a shorter stream; nothing is written then
@@ -8,9 +8,11 @@ the sample that belong to it; `full` repeats the peak of the whole job from main
 is made of words drawn from 200,000 different ones as they are needed (the frequent ones as frequent as in a language,
 by Zipf's law), so the tokenizer's memory of pieces fills and is emptied many times. What is quoted is the growth: the
 highest resident memory while encoding, less the resident memory just before (imports, the tokenizer and the words).
+Sampling is a process of its own that loads a checkpoint of random weights in GPT-2's shape, with floats or with weights
+of one byte, and writes 32 tokens; its peak is that of the whole process, Python and torch included.
 Linux only: it reads /proc. Writes benchmarks/results/memory.json.
 """
-import argparse, itertools, json, os, random, re, statistics, subprocess, sys, time
+import argparse, itertools, json, os, random, re, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import main_job
@@ -64,6 +66,34 @@ def stream_memory(megabytes):
     return json.loads(done.stdout)
 
 
+def sample_once(folder, int8):
+    "What a child process does: load the checkpoint, write 32 tokens, report the peak."
+    import torch
+    from transformer_course.generation import generate
+    if int8: from transformer_course.int8 import load_int8 as load
+    else: from transformer_course.training import load_model as load
+    model, _ = load(folder)
+    generate(model, torch.ones(1, 1).long(), 32, temperature=0)
+    return dict(peak_memory_mb=round(resident('VmHWM')))
+
+
+def sampling_memory(runs):
+    "The peaks of `sample_once`, from one checkpoint."
+    import torch
+    from transformer_course.checkpoint import save_checkpoint
+    from transformer_course.gpt import GPT, GPTConfig
+    found = {'floats': [], 'int8': []}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / 'checkpoint'
+        save_checkpoint(place, GPT(GPTConfig(), torch.Generator().manual_seed(0)))
+        for _ in range(runs):
+            for how, peaks in found.items():
+                done = subprocess.run([sys.executable, __file__, '--sample', how, str(place)], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                if done.returncode: sys.exit(f'the process that samples ended with status {done.returncode}')
+                peaks.append(json.loads(done.stdout))
+    return found
+
+
 def summary(runs, *keys): return dict(median={k: statistics.median(r[k] for r in runs) for k in keys}, runs=runs)
 
 
@@ -72,7 +102,9 @@ def main(arguments=None):
     parser.add_argument('--runs', type=int, default=3)
     parser.add_argument('--megabytes', type=float, default=200)
     parser.add_argument('--child', type=float, help=argparse.SUPPRESS)
+    parser.add_argument('--sample', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.sample: return print(json.dumps(sample_once(args.sample[1], args.sample[0] == 'int8')))
     if args.child: return print(json.dumps(encode_stream(args.child)))
     streams, jobs = [], []
     for i in range(args.runs):
@@ -83,8 +115,10 @@ def main(arguments=None):
         print(f"run {i + 1}: main job of {UPDATES} updates, peak {job['peak_memory_mb']} MB", flush=True)
     result = dict(versions=peers.versions(), stream=dict(megabytes=args.megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
                   main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')))
+    result['sampling'] = {how: summary(runs, 'peak_memory_mb') for how, runs in sampling_memory(args.runs).items()}
     if main_job.RESULT.is_file(): result['main_job']['full'] = json.loads(main_job.RESULT.read_text())['median']['peak_memory_mb']
     print(f"{'stream of ' + format(args.megabytes, 'g') + ' MB, growth':40}{result['stream']['median']['growth_mb']:8.1f} MB")
+    for how, part in result['sampling'].items(): print(f"{'sampling, GPT-2 shape, ' + how:40}{part['median']['peak_memory_mb']:8.1f} MB")
     print(f"{'main job, peak':40}{result['main_job']['median']['peak_memory_mb']:8.1f} MB   (whole job: {result['main_job'].get('full', 'not measured')})")
     if args.megabytes == 200: peers.write('memory', result)
 

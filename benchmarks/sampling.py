@@ -1,4 +1,4 @@
-"""Tokens per second at batch 1, greedy, one thread: nanoGPT, Hugging Face and this library, interleaved.
+"""Tokens per second at batch 1, greedy, one thread: nanoGPT, Hugging Face and this library (floats, and weights of one byte), interleaved.
 
     python benchmarks/sampling.py --nanogpt PATH    PATH is a checkout of karpathy/nanoGPT; without it that row is left out
     python benchmarks/sampling.py --quick           every path on a tiny model, in seconds
@@ -14,6 +14,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
+from transformer_course.int8 import to_int8
 
 RESULT = Path(__file__).parent / 'results' / 'sampling.json'
 MODERN = dict(mlp_ratio=3.0, bias=False, position='rotary', norm='plain', embed_norm=True, activation='relu2', qk_norm=True, attn_scale=1.3,
@@ -42,8 +43,9 @@ def hugging_face(shape):
     return lambda idx, n: model.generate(idx, max_new_tokens=n, do_sample=False, use_cache=True, attention_mask=torch.ones_like(idx))
 
 
-def ours(shape, use_cache=True):
+def ours(shape, use_cache=True, int8=False):
     model = GPT(GPTConfig(**shape), torch.Generator().manual_seed(0)).eval()
+    if int8: to_int8(model)
     return lambda idx, n: generate(model, idx, n, temperature=0, use_cache=use_cache)
 
 
@@ -71,7 +73,7 @@ def main():
     for name, (shape, n) in (QUICK if args.quick else SHAPES).items():
         peers = {'nanoGPT': nanogpt(args.nanogpt, shape)} if args.nanogpt else {}
         if has_hf: peers['Hugging Face, cache'] = hugging_face(shape)
-        peers |= {'ours, no cache': ours(shape, False), 'ours': ours(shape)}
+        peers |= {'ours, no cache': ours(shape, False), 'ours': ours(shape), 'ours, int8 weights': ours(shape, int8=True)}
         if name == 'small': peers['ours, modern fields'] = ours(shape | MODERN)
         idx, runs = torch.ones(1, 1).long(), {peer: [] for peer in peers}
         for peer in peers.values(): peer(idx, 2)                      # warm up

@@ -1,5 +1,6 @@
 "The command line as a person meets it: a subprocess, its output, its exit status."
 import json
+import os
 import re
 import signal
 import subprocess
@@ -111,6 +112,9 @@ BAD = [
     (['train', '--config', 'odd.json'], ["'colour'", '--help']),
     (['train', '--resume'], ['no checkpoint', 'out']),
     (['sample'], ['no checkpoint', 'train one first']),
+    (['train', '--text', 'my.txt', '--parallel', 'fsdp'], ["parallel='fsdp'", 'torchrun']),
+    (['train', '--text', 'my.txt', '--parallel', 'carpool'], ["parallel='carpool'", 'ddp']),
+    (['sample', '--int8', '--device', 'cuda'], ['--int8', 'CPU']),
     (['fly'], ['fly', 'train']),
     ([], ['train']),
 ]
@@ -171,6 +175,46 @@ def test_ctrl_c_says_how_to_go_on(run):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and '--resume' in err and 'Traceback' not in err
+
+
+def lines(folder): return [json.loads(line) for line in (folder / 'out/log.jsonl').read_text().splitlines()]
+
+
+def test_a_log_has_every_update_once_also_after_a_resume(trained):
+    assert trained('train', '--resume', '--max_iters', 40).returncode == 0
+    updates = [r['step'] for r in lines(trained.folder) if 'loss' in r]
+    assert updates == list(range(1, 41)) and [r['step'] for r in lines(trained.folder) if 'val' in r] == [0, 10, 20, 30, 40]
+    assert [r['loss'] for r in lines(trained.folder) if 'loss' in r] == about(trained.folder)['history']['losses']
+
+
+def test_without_a_log(run):
+    assert run('train', '--text', 'my.txt', *SMALL, '--max_iters', 1, '--log', 'no').returncode == 0
+    assert not (run.folder / 'out/log.jsonl').exists()
+
+
+def test_sample_with_weights_of_one_byte(trained):
+    first, again = (trained('sample', '--prompt', 'To be', '--max_new_tokens', 20, '--int8').stdout for _ in range(2))
+    assert first == again and first.startswith('To be') and len(first) == len('To be') + 20 + 1
+
+
+@pytest.mark.parametrize('how', ['ddp', 'fsdp'])
+def test_two_processes_learn_what_one_does(run, how):
+    "The whole command under torchrun: the same split, batches and losses (up to rounding), one voice, one checkpoint that samples."
+    args = ['train', '--text', 'my.txt', *SMALL, '--max_iters', '6', '--eval_interval', '3', '--device', 'cpu']
+    assert run(*args, '--out_dir', 'one').returncode == 0
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', str(COMMAND), *args, '--parallel', how]
+    two = subprocess.run(torchrun, cwd=run.folder, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count('val loss') == 3 and two.stdout.count('wrote ') == 1 and '2 processes' in two.stdout
+    one = json.loads((run.folder / 'one/checkpoint/checkpoint.json').read_text())['history']['losses']
+    assert losses(run.folder) == pytest.approx(one, abs=1e-4)
+    assert run('sample', '--max_new_tokens', 5).returncode == 0
+
+
+def test_a_mistake_under_torchrun_is_said_once(run):
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', str(COMMAND), 'train', '--text', 'my.txt', '--n_embd', '30']
+    done = subprocess.run(torchrun, cwd=run.folder, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode and done.stderr.count('n_embd=30') == 1
 
 
 KILLED = """import os, signal, sys

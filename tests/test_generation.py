@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_course.bigram import BigramLanguageModel, sample
-from transformer_course.generation import Decoder, KVCache, LayerCache, accept_or_redraw, filter_logits, generate, last_logits, next_token, speculative, stream
+from transformer_course.generation import Decoder, KVCache, LayerCache, accept_or_redraw, filter_logits, generate, generate_many, last_logits, next_token, speculative, stream
 from transformer_course.gpt import GPT, GPTConfig, POSITIONS
 
 V, BLOCK = 13, 10
@@ -217,3 +217,19 @@ def test_a_draft_that_is_the_target_is_never_rejected():
     assert text.shape == (1, 21) and calls == 4
     with pytest.raises(ValueError, match='ahead=0'): speculative(model, model, torch.zeros(1, 1).long(), 3, ahead=0)
     with pytest.raises(ValueError, match='one prompt'): speculative(model, model, torch.zeros(2, 1).long(), 3)
+
+
+@thorough
+@given(models(), st.lists(st.integers(1, BLOCK + 3), min_size=1, max_size=4), st.integers(0, BLOCK + 2), st.booleans(), st.integers(0, 1000))
+def test_unequal_prompts_together_are_as_alone(model, lengths, n, use_cache, seed):
+    prompts = [torch.randint(V, (t,), generator=rng(seed + i)) for i, t in enumerate(lengths)]
+    together = generate_many(model, prompts, n, temperature=0, use_cache=use_cache)
+    for p, text in zip(prompts, together): assert torch.equal(text, generate(model, p[None], n, temperature=0)[0])
+
+
+def test_unequal_prompts_stop_each_by_itself():
+    model = BigramLanguageModel(V)
+    model.table.weight.data = 100 * torch.eye(V).roll(1, dims=1)  # counts up
+    assert [t.tolist() for t in generate_many(model, [torch.tensor([7]), torch.tensor([3, 9, 1])], 4, stop=9)] == [[7, 8, 9], [3, 9, 1, 2, 3, 4, 5]]
+    for bad in ([], [torch.tensor([[1]])], [torch.tensor([1]), torch.tensor([]).long()]):
+        with pytest.raises(ValueError, match='prompts'): generate_many(model, bad, 2)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHAKESPEARE', 'NEEDED', 'TRAIN_EXAMPLES', 'DataConfig', 'SampleConfig', 'field_comments', 'base_type', 'parse_value',
            'Parser', 'add_fields', 'settings', 'pick', 'find_device', 'Corpus', 'load_corpus', 'continue_text',
-           'first_prompt', 'Reporter', 'resumed', 'run_train', 'run_sample', 'run_info', 'make_parser', 'main']
+           'first_prompt', 'Reporter', 'resumed', 'callbacks', 'train_as', 'run_train', 'run_sample', 'run_info',
+           'make_parser', 'main']
 
 # %% ../nbs/support/cli.ipynb #652fb718
 import os
@@ -21,21 +22,23 @@ import json
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, logs
 from .bigram import evaluate
 from .checkpoint import read_checkpoint
 from .data import CharTokenizer, get_batch, train_val_split
 from .generation import stream
 from .gpt import GPT, GPTConfig
+from .int8 import load_int8
+from .parallel import global_batch, should_resume, together
 from .plots import plot_losses, save_png
 from .sources import load_text
-from .training import History, TrainConfig, load_model, train
+from .training import History, Single, TrainConfig, load_model, train
 
 # %% ../nbs/support/cli.ipynb #44b90743
 @dataclass
@@ -46,6 +49,9 @@ class DataConfig:
     out_dir:str = 'out'        # the checkpoint and the loss curve go here
     device:str = 'auto'        # auto, cpu, cuda or mps
     sample_tokens:int = 200    # length of the samples shown while training
+    log:bool = True            # keep out_dir/log.jsonl: a line for each update and each evaluation
+    tensorboard:bool = False   # the same as event files in out_dir/tensorboard (pip install tensorboard)
+    parallel:str|None = None   # under torchrun: ddp (a copy each, the default) or fsdp (weights shared out)
 
 # %% ../nbs/support/cli.ipynb #65a5ec14
 @dataclass
@@ -60,6 +66,7 @@ class SampleConfig:
     top_p:float|None = None      # draw from the fewest tokens that have this probability together
     seed:int = 1337              # the same seed writes the same text
     device:str = 'auto'          # auto, cpu, cuda or mps
+    int8:bool = False            # weights of one byte: less memory and faster, on a CPU
 
 # %% ../nbs/support/cli.ipynb #d679d2c6
 def field_comments(
@@ -232,30 +239,52 @@ def resumed(
     return values
 
 # %% ../nbs/support/cli.ipynb #c121001f
-def run_train(values:dict, resume:bool=False)->None:
-    "`transformer-course train`: from the settings to a checkpoint, a picture and a sample."
+def callbacks(
+    report:Reporter,   # prints and draws
+    data:DataConfig,   # log, tensorboard, out_dir
+)->tuple:              # on_eval, on_step
+    "Everybody who wants to hear of evaluations and of updates."
+    kept = [logs.LogFile(Path(data.out_dir) / 'log.jsonl')] if data.log else []
+    if data.tensorboard: kept.append(logs.TensorBoard(Path(data.out_dir) / 'tensorboard'))
+    return logs.together(*(k.on_eval for k in kept), report), logs.together(*kept)
+
+# %% ../nbs/support/cli.ipynb #824c4721
+def train_as(
+    values:dict,      # every setting
+    resume:bool,      # go on from the checkpoint in out_dir
+    parallel:Single,  # which process this is, and of how many
+)->None:
+    "From the settings to a checkpoint, a picture and a sample, in one process or in one of several."
     data, config, folder = pick(DataConfig, values), pick(TrainConfig, values), Path(values['out_dir']) / 'checkpoint'
-    device, corpus = find_device(data.device), load_corpus(data, values['block_size'])
+    device, corpus = getattr(parallel, 'device', None) or find_device(data.device), load_corpus(data, values['block_size'])
     V = corpus.tokenizer.vocab_size
     c = pick(GPTConfig, values | dict(vocab_size=values['vocab_size'] or V))
     if c.vocab_size < V: raise ValueError(f'vocab_size={c.vocab_size} is too small: the text has {V} different characters; leave --vocab_size out')
     model = GPT(c, torch.Generator().manual_seed(config.seed)).to(device)
-    print(f'text    {corpus.about["text"]["source"]}, {V} different ones')
-    print(f'split   {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate on')
-    print(f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} characters of context: {model.num_params():,} parameters')
-    print(f'device  {device}, {torch.get_num_threads()} threads\n', flush=True)
-    report = Reporter(model, corpus.tokenizer, data)
-    train(model, lambda g: get_batch(corpus.train, config.batch_size, c.block_size, g, device), config,
-          validate=lambda m: evaluate(m, corpus.val, c.block_size), on_eval=report, folder=folder, resume=resume, about=dict(data=asdict(data), **corpus.about))
-    print(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
-    print(f'more    transformer-course sample' + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else ''))
+    say = print if parallel.rank == 0 else lambda *words, **how: None
+    say(f'text    {corpus.about["text"]["source"]}, {V} different ones')
+    say(f'split   {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate on')
+    say(f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} characters of context: {model.num_params():,} parameters')
+    say(f'device  {device}, {torch.get_num_threads()} threads' + (f', {parallel.world_size} processes' if parallel.world_size > 1 else '') + '\n', flush=True)
+    quiet = data.parallel == 'fsdp'  # a sample would need all processes
+    on_eval, on_step = callbacks(Reporter(model, corpus.tokenizer, replace(data, sample_tokens=0) if quiet else data), data)
+    batch = global_batch(lambda g: get_batch(corpus.train, config.batch_size, c.block_size, g, device), parallel)
+    train(model, batch, config, validate=lambda m: evaluate(m, corpus.val, c.block_size), on_eval=on_eval, on_step=on_step, folder=folder,
+          resume=should_resume(folder, resume), about=dict(data=asdict(data), **corpus.about), parallel=parallel)
+    say(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
+    say('more    transformer-course sample' + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else ''))
+
+def run_train(values:dict, resume:bool=False)->None:
+    "`transformer-course train`, alone or as one of the processes that torchrun has started."
+    with together(values['parallel'], values['device']) as parallel: train_as(values, resume, parallel)
 
 # %% ../nbs/support/cli.ipynb #be00aa32
 def run_sample(values:dict)->None:
     "`transformer-course sample`: text from a checkpoint, printed as it is drawn."
     config = pick(SampleConfig, values)
-    model, about = load_model(Path(config.out_dir) / 'checkpoint')
-    device, tokenizer = find_device(config.device), CharTokenizer(about['tokenizer']['chars'])
+    if config.int8 and config.device not in ('auto', 'cpu'): raise ValueError(f'--int8 with --device {config.device}: weights of one byte are for the CPU; leave one of the two out')
+    model, about = (load_int8 if config.int8 else load_model)(Path(config.out_dir) / 'checkpoint')
+    device, tokenizer = find_device('cpu' if config.int8 else config.device), CharTokenizer(about['tokenizer']['chars'])
     generator = torch.Generator(device).manual_seed(config.seed)
     prompt = config.prompt.replace('\\n', '\n')
     for i in range(config.num_samples):
@@ -282,7 +311,8 @@ TRAIN_EXAMPLES = """examples:
   transformer-course train                              Tiny Shakespeare, under three minutes on two cores
   transformer-course train --text my.txt                your own text
   transformer-course train --max_iters 200 --n_layer 2  smaller and shorter
-  transformer-course train --resume                     go on where a run was stopped"""
+  transformer-course train --resume                     go on where a run was stopped
+  torchrun --standalone --nproc_per_node=2 --no-python transformer-course train     two processes, or two GPUs, share each batch"""
 
 def make_parser()->tuple[Parser, dict]: # the parser, and the defaults of each command
     "The command line: one flag for each field of the dataclasses."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['filter_logits', 'next_token', 'LayerCache', 'KVCache', 'last_logits', 'turn_matrices', 'attend_last', 'Decoder',
-           'stream', 'generate', 'accept_or_redraw', 'speculative']
+           'stream', 'generate', 'generate_many', 'accept_or_redraw', 'speculative']
 
 # %% ../nbs/10_generation.ipynb #0fb707ef
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class Decoder:
         room:int,        # tokens that will be read, at most its block size
     ):
         self.model, self.cache, self.turns = model, KVCache(model.config.n_layer, room), None
-        if model.rotary is not None: self.turns = turn_matrices(model.rotary, model.lm_head.weight.new_ones(model.config.n_embd // model.config.n_head), room)
+        if model.rotary is not None: self.turns = turn_matrices(model.rotary, model.transformer.wte.weight.new_ones(model.config.n_embd // model.config.n_head), room)
 
     def __call__(self, idx:Tensor)->Tensor: # (B, T) tokens that follow those read so far -> (B, V) logits after them
         if idx.shape[1] > 1 or self.cache.length == 0: return last_logits(self.model, torch.cat([idx.new_zeros(len(idx), self.cache.length), idx], 1), self.cache)
@@ -172,6 +172,7 @@ def stream(
     max_new_tokens:int,                   # how many tokens to add at most
     *,
     use_cache:bool=True,                  # remember keys and values; the tokens are the same without
+    replace:Callable[[int, Tensor], Tensor]|None=None, # `replace(t, new)`: the tokens (B, 1) to take for position t in place of those drawn
     **how,                                # temperature, top_k, top_p, generator: see `next_token`
 )->Iterator[Tensor]:                      # (B, 1), one token of each row at a time
     "Yield new tokens as they are drawn; the model is shown at most its block size of the last ones."
@@ -183,6 +184,7 @@ def stream(
     for _ in range(max_new_tokens):
         if config and idx.shape[1] > config.block_size: decoder = None  # cropping moves every position: what was remembered no longer fits
         new = next_token(last_logits(model, idx) if decoder is None else decoder(new), **how)  # (B, V) -> (B, 1)
+        if replace is not None: new = replace(idx.shape[1], new)
         yield new
         idx = torch.cat([idx, new], dim=1)
 
@@ -204,6 +206,30 @@ def generate(
         idx = torch.cat([idx, new], dim=1)
         if stop is not None and done.all(): break
     return idx
+
+# %% ../nbs/10_generation.ipynb #5268cad6
+def generate_many(
+    model:nn.Module,                      # `model(idx) -> (logits, None)`
+    prompts:list[Tensor],                 # each (T,), of any lengths from one token on
+    max_new_tokens:int,                   # how many tokens to add to each at most
+    *,
+    stop:int|None=None,                   # a text ends with this token
+    **how,                                # temperature, top_k, top_p, generator, use_cache: see `stream` and `next_token`
+)->list[Tensor]:                          # each (T + n,), n <= max_new_tokens
+    "Continue prompts of unequal lengths in one batch: the shortest sets the pace, the others are read along."
+    if not prompts or not all(p.dim() == 1 and len(p) for p in prompts): raise ValueError(f'prompts has shapes {[tuple(p.shape) for p in prompts]}: give a list of (T,) token ids, at least one in each')
+    given = nn.utils.rnn.pad_sequence(prompts, batch_first=True)                           # (B, longest)
+    lengths = torch.tensor([[len(p)] for p in prompts], device=given.device)               # (B, 1)
+    first, longest = int(lengths.min()), given.shape[1]
+    def read_along(t, new): return torch.where(t < lengths, given[:, t:t + 1], new) if t < longest else new
+    idx, done = given[:, :first], torch.zeros_like(lengths, dtype=torch.bool)
+    for new in stream(model, idx, longest - first + max_new_tokens, replace=read_along, **how):
+        if stop is not None: done |= (new == stop) & (idx.shape[1] >= lengths)
+        idx = torch.cat([idx, new], dim=1)
+        if done.all(): break
+    texts = [(row[:n + max_new_tokens], n) for row, n in zip(idx, lengths[:, 0].tolist())]
+    ends = [(text[n:] == stop).nonzero()[:1, 0] + n + 1 if stop is not None else [] for text, n in texts]
+    return [text[:int(end[0])] if len(end) else text for (text, _), end in zip(texts, ends)]
 
 # %% ../nbs/10_generation.ipynb #04c93b99
 def accept_or_redraw(

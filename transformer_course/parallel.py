@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['global_batch', 'torchrun', 'launched', 'own_device', 'use_loopback', 'dropout_state', 'Held', 'Many', 'DataParallel',
            'meeting', 'start', 'stop', 'Sharded', 'write_parts', 'read_header', 'layout', 'join', 'copy_bytes',
-           'checksum', 'merge_parts', 'verified', 'checkpoint_place', 'same_model', 'read_parts', 'should_resume',
-           'left_alone', 'together']
+           'merge_parts', 'verified', 'same_model', 'read_parts', 'should_resume', 'left_alone', 'together']
 
 # %% ../nbs/support/parallel.ipynb #9469684f
 import hashlib
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import CHECKPOINT_FORMAT, optimizer_tensors, own_weights, read_checkpoint, write_atomically
+from .checkpoint import CHECKPOINT_FORMAT, checkpoint_place, checksum, optimizer_tensors, own_weights, verified_checkpoint, write_atomically
 from .training import Single
 
 # %% ../nbs/support/parallel.ipynb #cb4ef1ac
@@ -287,14 +286,6 @@ def copy_bytes(file:Path, begin:int, end:int, out)->None: # from here, up to the
             out.write(piece)
             begin += len(piece)
 
-# %% ../nbs/support/parallel.ipynb #c7accede
-def checksum(path:Path)->str: # hexadecimal
-    "The SHA-256 of a file of any size."
-    sha = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while piece := f.read(1 << 24): sha.update(piece)
-    return sha.hexdigest()
-
 # %% ../nbs/support/parallel.ipynb #c3b24359
 def merge_parts(
     folder:Path,             # the checkpoint, replaced as a whole
@@ -321,16 +312,12 @@ def verified(
     "Check a checkpoint once, for all processes; one that is damaged raises the same `ValueError` in each."
     folder, problem = Path(folder), ['']
     if rank == 0:
-        try: read_checkpoint(folder)
+        try: verified_checkpoint(folder)
         except ValueError as e: problem = [str(e)]
     dist.broadcast_object_list(problem, 0)
     if problem[0]: raise ValueError(problem[0])
     place = checkpoint_place(folder)
     return json.loads((place / 'checkpoint.json').read_text(encoding='utf-8')), place
-
-def checkpoint_place(folder:Path)->Path:
-    "The folder itself, or the old one, if a kill came between the two renames of `write_atomically`."
-    return folder if folder.exists() else folder.with_name(f'.{folder.name}-old')
 
 # %% ../nbs/support/parallel.ipynb #47bd5920
 def same_model(
