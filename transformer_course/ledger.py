@@ -40,7 +40,7 @@ BEFORE = (
           ('02_before',), '0.6 more exact answers at length 12; dates right; the weight lies on the right letters',
           '26.75 against 17.82 BLEU (arXiv 1409.0473)', True, 'soft search: gain at length 12'))
 
-# %% ../nbs/support/ledger.ipynb #832dd0a4
+# %% ../nbs/support/ledger.ipynb #5512054a
 ATTENTION = (
     Claim('A1', 'Attention passes messages along the arrows of a graph: every node asks with a query, and answers with a key and a value.',
           ('03_attention',), 'nodes in a Python loop give the numbers of the matrix form', '', False, 'Node loops against matrix products, largest gap'),
@@ -56,7 +56,7 @@ ATTENTION = (
           ('04_multihead',), 'one fused layer = several separate heads = nn.MultiheadAttention, on the same weights', '', False, 'ours against nn.MultiheadAttention, self'),
     Claim('A6', 'Learned, sinusoidal, relative and rotary positions all work; rotary is the change that stayed.',
           ('05_positions',), 'five kinds on the same budget: loss, and what happens past the trained length', '27.5 against 27.3 BLEU (arXiv 2104.09864)', True,
-          'rotary: lead over the best of the others'))
+          'rotary: lead over learned and sinusoidal'))
 
 # %% ../nbs/support/ledger.ipynb #43a82ad7
 BLOCK = (
@@ -278,7 +278,7 @@ def entry_text(
     n = len(entry.found)
     return '\n\n'.join([*parts, f'<details><summary>{n} figure{"s" if n > 1 else ""}</summary>', *tables, '</details>'])
 
-# %% ../nbs/support/ledger.ipynb #2b2129a6
+# %% ../nbs/support/ledger.ipynb #f4607bee
 def group_text(
     entries:list[Entry], # all entries of the ledger
     letter:str, # of one group
@@ -293,9 +293,9 @@ def tally(
     "How many claims there are of each verdict, in a sentence"
     order = ['holds', 'holds here', 'weak', 'does not hold at this size', 'recorded', 'planned']
     words = [overall(e) for e in entries]
-    return f"{len(entries)} claims: " + ', '.join(f'{words.count(w)} {w}' for w in order if w in words) + '.'
+    return f'{len(entries)} claims: ' + ', '.join(f'{w} {words.count(w)}' for w in order if w in words) + '.'
 
-# %% ../nbs/support/ledger.ipynb #39185a77
+# %% ../nbs/support/ledger.ipynb #5338dea6
 def summary(
     entries:list[Entry], # all entries of the ledger
 ) -> str: # Markdown
@@ -304,5 +304,5 @@ def summary(
         places = [name for name, _ in groupby(sorted({c for c, _ in e.found} & set(e.claim.chapters)))]
         links = [_link(c) for c in places] + [_link(c, there=False) for c in e.planned]
         figure = f"{_cell(e.headline[1]['name'])}: {_figure(e.headline[1])}" if e.found else ''
-        return f"| {e.claim.id} | {_cell(e.claim.text)} | {figure} | {overall(e)} | {', '.join(links)} |"
+        return f"| [{e.claim.id}](ledger.ipynb#{e.claim.id}) | {_cell(e.claim.text)} | {figure} | {overall(e)} | {', '.join(links)} |"
     return '\n'.join(['| | claim | measured | verdict | chapter |', '|:--|:--|:--|:--|:--|', *map(row, entries)])
