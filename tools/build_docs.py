@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [('Part I: language', 0, 2), ('Part II: the Transformer', 3, 7), ('Part III: a GPT in practice', 8, 11),
          ('Part IV: one block, many token sets', 12, 18), ('Part V: in-context learning', 19, 22), ('Part VI: why', 23, 99)]
-SUPPORT = ['sources', 'plots', 'claims', 'exercises', 'checkpoint', 'cli']
+SUPPORT = ['sources', 'plots', 'claims', 'ledger', 'exercises', 'checkpoint', 'cli']
 NO_PREFIX = re.compile(r'^\d+[a-z]?_')
 
 
@@ -29,7 +29,8 @@ def chapters(nbs):
 def sidebar(nbs):
     "The text of `sidebar.yml` for the notebooks in folder `nbs`: the parts of the course, then the tools it stands on."
     lines = ['website:', '  sidebar:', '    contents:']
-    if (Path(nbs)/'index.ipynb').exists(): lines += ['      - text: Start', '        href: index.ipynb']
+    for text, page in (('Start', 'index.ipynb'), ('The ledger', 'ledger.ipynb')):
+        if (Path(nbs)/page).exists(): lines += [f'      - text: {text}', f'        href: {page}']
     found = chapters(nbs)
     def section(title, files):
         if files: lines.extend([f'      - section: "{title}"', '        contents:', *(f'          - {f}' for f in files)])

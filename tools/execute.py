@@ -3,7 +3,7 @@
     python tools/execute.py                          every notebook: chapters, support, index last
     python tools/execute.py nbs/03_attention.ipynb   only these
     python tools/execute.py --check ...              run, report, write nothing
-    python tools/execute.py --record ...             chapters also write results/claims/<chapter>.jsonl
+    python tools/execute.py --record ...             chapters also write results/claims/<chapter>.jsonl, with a stamp of their code
     python tools/execute.py --flags slow ...         run cells marked `#| slow` too (they keep their outputs otherwise)
 
 Runs what `nbdev_test` runs: the same working folder (the notebook's own) and the same cells left out
@@ -18,9 +18,9 @@ os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 
 
 def notebooks():
-    "All notebooks of the course, in the order in which they are best executed: chapters, support, index."
+    "All notebooks of the course, in the order in which they are best executed: chapters, support, and the pages made from records."
     found = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)]
-    return sorted(found, key=lambda p: (p.stem == 'index', p.parent.name == 'support', p.name))
+    return sorted(found, key=lambda p: (p in (ROOT/'nbs'/'index.ipynb', ROOT/'nbs'/'ledger.ipynb'), p.parent.name == 'support', p.name))
 
 
 def skips(source, flags, force):
@@ -76,13 +76,21 @@ def environment(record):
     return env
 
 
+def stamped(path):
+    "Stamp the records of a notebook that has just run and been written; False if its outputs do not agree with them."
+    import records
+    found = records.stamp(ROOT, [path.stem], fresh=True)
+    for problem in found: print(f'  records: {problem}', file=sys.stderr, flush=True)
+    return not found
+
+
 def kernel_client(nb, folder, timeout):
     "A client whose kernel is this very Python, whatever kernels the user has installed."
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     manager = AsyncKernelManager(kernel_name='python3')
     manager.kernel_spec.argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
-    return NotebookClient(nb, km=manager, timeout=timeout, record_timing=False,
+    return NotebookClient(nb, km=manager, timeout=timeout, startup_timeout=600, record_timing=False,
                           resources={'metadata': {'path': str(folder)}})
 
 
@@ -112,11 +120,13 @@ def complaints(nb):
 def execute(path, args, flags):
     "Run one notebook; True if it ran to the end (and, unless `--check`, is written)."
     import nbformat
+    from records import keeps_records
     before = path.read_text(encoding='utf-8')
     nb = nbformat.reads(before, as_version=4)
     start = time.time()
     client = kernel_client(nb, path.parent, args.timeout)
-    failure, cpu = asyncio.run(run_cells(client, nb, lambda s: skips(s, flags, args.flags.split()), environment(args.record)))
+    record = args.record and not args.check and keeps_records(path.stem, nb.cells)
+    failure, cpu = asyncio.run(run_cells(client, nb, lambda s: skips(s, flags, args.flags.split()), environment(record)))
     name = path.relative_to(ROOT)
     if failure:
         i, message = failure
@@ -138,7 +148,7 @@ def execute(path, args, flags):
     else: note += ', unchanged'
     print(f'{name}: {time.time() - start:.1f} s, CPU {cpu:.1f} s, {note}', flush=True)
     for line in complaints(nb): print(f'  warning: {line}', flush=True)
-    return True
+    return stamped(path) if record else True
 
 
 def main():
