@@ -61,7 +61,7 @@ def run_nanogpt(job):
         torch.manual_seed = plain_seed
         import model
         saved = torch.load('out/ckpt.pt', weights_only=True)
-    gpt = model.GPT(model.GPTConfig(**saved['model_args']))
+    with contextlib.redirect_stdout(io.StringIO()): gpt = model.GPT(model.GPTConfig(**saved['model_args']))  # it prints its size
     gpt.load_state_dict(saved['model'])
     return dict(cpu_seconds=seconds, loss=evaluate(gpt.eval(), val, settings['block_size']), params=sum(p.numel() for p in gpt.parameters()), updates=saved['iter_num'])
 
