@@ -15,7 +15,7 @@ import peers
 FAST = dict(model=dict(n_layer=2, n_head=2, n_embd=128, mlp_ratio=3.0, block_size=64),
             train=dict(max_iters=280, batch_size=12, learning_rate=1e-2, muon_lr=0.03, weight_decay=0.0, warmup_iters=10))
 LONG = dict(model=dict(n_layer=4, n_head=4, n_embd=128, mlp_ratio=3.0, block_size=128),
-            train=dict(max_iters=1100, batch_size=8, learning_rate=5e-3, muon_lr=0.02, weight_decay=0.1, warmup_iters=20))
+            train=dict(max_iters=1020, batch_size=8, learning_rate=5e-3, muon_lr=0.02, weight_decay=0.1, warmup_iters=20))
 SEEDS = (101, 102, 103, 104, 105)
 
 
