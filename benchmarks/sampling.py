@@ -7,10 +7,11 @@ Random weights, the same shape for all. Also measured in the same run: how fast 
 matrix-vector product, which bounds what a model that does not fit in the cache can do. Prints a table and writes
 benchmarks/results/sampling.json.
 """
-import argparse, importlib.util, json, os, platform, statistics, sys, time, warnings
+import argparse, importlib.util, json, os, statistics, sys, time, warnings
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+import peers
 import torch
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
@@ -84,7 +85,9 @@ def main():
                 runs[peer].append(n / (time.perf_counter() - began))
         table[name] = {peer: dict(median=statistics.median(speeds), runs=speeds) for peer, speeds in runs.items()}
         for peer, row in table[name].items(): print(f"{name:6} {peer:22} {row['median']:9.1f} tokens per second")
-    result = dict(table=table, python=platform.python_version(), torch=torch.__version__.split('+')[0], threads=1)
+    checkout = dict(nanogpt=peers.checkout_version(args.nanogpt)) if args.nanogpt else {}
+    result = dict(table=table, versions=peers.versions(*(['transformers'] if has_hf else []), **checkout), threads=1)
+    print(result['versions'])
     if not args.quick:
         weights = 4 * (GPTConfig().vocab_size * 768 + 12 * 12 * 768**2)
         result |= dict(bytes_per_second=bandwidth(), weight_bytes=weights)
