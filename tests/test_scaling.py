@@ -118,7 +118,7 @@ def test_shakespeare_launch_line(folder, root):
 
 def test_gpt2_launch_line_alone_and_under_torchrun(folder, root):
     "The file, shrunk by flags, over token shards with gradient accumulation: one process, then two with torchrun; the same losses."
-    line = ['train', '--config', root / 'configs/gpt2_124m.json', '--data', 'data', *SHRUNK, '--vocab_size', 'none', '--batch_size', 4, '--gradient_accumulation_steps', 3]
+    line = ['train', '--config', root / 'configs/gpt2_124m.json', '--data', 'data', *SHRUNK, '--vocab_size', len(set(TEXT)), '--batch_size', 4, '--gradient_accumulation_steps', 3]
     run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python']
     for done in (launch(folder, *line, '--out_dir', 'one'), launch(folder, *line, '--out_dir', 'two', before=run)): assert done.returncode == 0, done.stderr[-2000:]
     one, two = about(folder, 'one'), about(folder, 'two')
