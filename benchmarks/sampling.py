@@ -72,14 +72,14 @@ def main():
     has_hf = importlib.util.find_spec('transformers') is not None
     table = {}
     for name, (shape, n) in (QUICK if args.quick else SHAPES).items():
-        peers = {'nanoGPT': nanogpt(args.nanogpt, shape)} if args.nanogpt else {}
-        if has_hf: peers['Hugging Face, cache'] = hugging_face(shape)
-        peers |= {'ours, no cache': ours(shape, False), 'ours': ours(shape), 'ours, int8 weights': ours(shape, int8=True)}
-        if name == 'small': peers['ours, modern fields'] = ours(shape | MODERN)
-        idx, runs = torch.ones(1, 1).long(), {peer: [] for peer in peers}
-        for peer in peers.values(): peer(idx, 2)                      # warm up
+        contestants = {'nanoGPT': nanogpt(args.nanogpt, shape)} if args.nanogpt else {}
+        if has_hf: contestants['Hugging Face, cache'] = hugging_face(shape)
+        contestants |= {'ours, no cache': ours(shape, False), 'ours': ours(shape), 'ours, int8 weights': ours(shape, int8=True)}
+        if name == 'small': contestants['ours, modern fields'] = ours(shape | MODERN)
+        idx, runs = torch.ones(1, 1).long(), {peer: [] for peer in contestants}
+        for peer in contestants.values(): peer(idx, 2)                      # warm up
         for _ in range(1 if args.quick else args.runs):               # interleaved: a slow minute hits all
-            for peer, run in peers.items():
+            for peer, run in contestants.items():
                 began = time.perf_counter()
                 assert run(idx, n).shape[1] == n + 1
                 runs[peer].append(n / (time.perf_counter() - began))

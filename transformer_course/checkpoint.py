@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'sync', 'write_atomically', 'optimizer_tensors', 'own_weights', 'checksum', 'save_checkpoint',
-           'checkpoint_place', 'verified_checkpoint', 'read_checkpoint', 'restore_model', 'restore_optimizers']
+           'checkpoint_place', 'verified_checkpoint', 'TensorFile', 'read_checkpoint', 'restore_model',
+           'restore_optimizers']
 
 # %% ../nbs/support/checkpoint.ipynb #87393dca
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -113,6 +114,18 @@ def verified_checkpoint(
         if not (place / name).exists() or checksum(place / name) != sha:
             raise ValueError(f'{str(folder)!r}: {name} is missing, truncated or changed (its checksum is wrong): use another copy, or train again')
     return about, place
+
+# %% ../nbs/support/checkpoint.ipynb #1a3b55a7
+class TensorFile(Mapping):
+    "A safetensors file as a dict: each tensor is read when it is asked for, and its memory can go when you are done with it."
+    def __init__(self, path:str|Path):
+        self.path = path
+        with safe_open(path, framework='pt') as f: self.names = list(f.keys())
+    def __len__(self)->int: return len(self.names)
+    def __iter__(self): return iter(self.names)
+    def __getitem__(self, name:str)->Tensor:
+        if name not in self.names: raise KeyError(name)
+        with safe_open(self.path, framework='pt') as f: return f.get_tensor(name)  # opened anew: one map of the whole file would stay in memory
 
 # %% ../nbs/support/checkpoint.ipynb #1b976ab2
 def read_checkpoint(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAKESPEARE', 'NEEDED', 'TRAIN_EXAMPLES', 'DataConfig', 'SampleConfig', 'field_comments', 'base_type', 'parse_value',
-           'Parser', 'add_fields', 'settings', 'pick', 'find_device', 'Corpus', 'load_corpus', 'continue_text',
-           'first_prompt', 'Reporter', 'resumed', 'callbacks', 'train_as', 'run_train', 'run_sample', 'run_info',
-           'make_parser', 'main']
+           'Parser', 'add_fields', 'settings', 'pick', 'find_device', 'Corpus', 'load_corpus', 'open_shards',
+           'fingerprint', 'continue_text', 'first_prompt', 'Reporter', 'resumed', 'train_settings', 'make_model',
+           'introduce', 'callbacks', 'run_train', 'run_sample', 'run_info', 'make_parser', 'main']
 
 # %% ../nbs/support/cli.ipynb #652fb718
 import os
@@ -22,6 +22,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -35,9 +36,11 @@ from .data import CharTokenizer, get_batch, train_val_split
 from .generation import stream
 from .gpt import GPT, GPTConfig
 from .int8 import load_int8
-from .parallel import global_batch, should_resume, together
+from .parallel import Sharded, global_batch, should_resume, together
 from .plots import plot_losses, save_png
+from .shards import ShardBatches, Shards, tokenizer_from
 from .sources import load_text
+from .tokenizer import BPETokenizer
 from .training import History, Single, TrainConfig, load_model, train
 
 # %% ../nbs/support/cli.ipynb #44b90743
@@ -45,13 +48,15 @@ from .training import History, Single, TrainConfig, load_model, train
 class DataConfig:
     "What to train on, and where the results go."
     text:str|None = None       # your own UTF-8 text file; default: Tiny Shakespeare
+    data:str|None = None       # a folder of token shards that `prepare` wrote, instead of a text
+    eval_tokens:int = 2097152  # of the validation shards, so many tokens at most are scored
     val_fraction:float = 0.1   # the last share of the text, held out for validation
     out_dir:str = 'out'        # the checkpoint and the loss curve go here
     device:str = 'auto'        # auto, cpu, cuda or mps
+    parallel:str|None = None   # started by torchrun: ddp (a copy in each process) or fsdp (weights shared out); default: ddp
     sample_tokens:int = 200    # length of the samples shown while training
     log:bool = True            # keep out_dir/log.jsonl: a line for each update and each evaluation
     tensorboard:bool = False   # the same as event files in out_dir/tensorboard (pip install tensorboard)
-    parallel:str|None = None   # under torchrun: ddp (a copy each, the default) or fsdp (weights shared out)
 
 # %% ../nbs/support/cli.ipynb #65a5ec14
 @dataclass
@@ -162,16 +167,24 @@ def find_device(name:str='auto')->torch.device: # 'auto' takes the fastest there
 @dataclass
 class Corpus:
     "A text, ready to train on."
-    tokenizer:CharTokenizer  # made from the text
-    train:torch.Tensor       # (N,) ids
-    val:torch.Tensor         # (M,) ids, the end of the text
-    about:dict               # where the text came from and its checksum
+    tokenizer:CharTokenizer|BPETokenizer # made from the text, or found beside the shards
+    train:torch.Tensor|Shards            # (N,) ids
+    val:torch.Tensor                     # (M,) ids
+    about:dict                           # where the text came from, its checksum, the tokenizer
 
+    @property
+    def unit(self)->str: return 'character' if isinstance(self.tokenizer, CharTokenizer) else 'token'
+    def batches(self, batch_size:int, block_size:int, parallel:Single, device)->Callable: # `batch(generator)` for `train`
+        if isinstance(self.train, Shards): return ShardBatches(self.train, batch_size, block_size, parallel, device)
+        return global_batch(lambda g: get_batch(self.train, batch_size, block_size, g, device), parallel)
+
+# %% ../nbs/support/cli.ipynb #a8fe82fa
 def load_corpus(
     data:DataConfig, # text and val_fraction
     block_size:int,  # both parts must hold at least one block
 )->Corpus:
-    "Read the text, make its vocabulary, cut off the validation part."
+    "Read the text, make its vocabulary, cut off the validation part; or open the shards."
+    if data.data is not None: return open_shards(data, block_size)
     text = load_text(path=data.text)
     tokenizer = CharTokenizer.train(text.text)
     ids = torch.tensor(tokenizer.encode(text.text))
@@ -182,12 +195,34 @@ def load_corpus(
     sha = hashlib.sha256(text.text.encode()).hexdigest()
     return Corpus(tokenizer, train_ids, val_ids, dict(text=dict(source=text.source, sha256=sha), tokenizer=dict(kind='char', chars=tokenizer.chars)))
 
+# %% ../nbs/support/cli.ipynb #48e10758
+def open_shards(
+    data:DataConfig, # data and eval_tokens
+    block_size:int,  # both parts must hold at least one block
+)->Corpus:
+    "The token shards in a folder that `prepare` wrote."
+    folder = Path(data.data)
+    train, val = (Shards(folder / part) for part in ('train', 'val'))
+    try: saved = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): raise ValueError(f'--data {data.data}: tokenizer.json is missing or damaged: write the folder with prepare') from None
+    for part, shards in (('train', train), ('val', val)):
+        if len(shards) <= block_size: raise ValueError(f'--data {data.data}: {part} has {len(shards):,} tokens: each part must be longer than block_size={block_size}, so prepare more text or give a smaller --block_size')
+    ids = torch.from_numpy(val.read(0, min(len(val), max(data.eval_tokens, block_size + 1))))
+    return Corpus(tokenizer_from(saved), train, ids, dict(text=dict(source=train.index['about'].get('source', data.data), sha256=fingerprint(data)), tokenizer=saved))
+
+def fingerprint(data:DataConfig)->str: # changes when the text does
+    "The checksum of the text, or of the index of the shards, which holds the checksums of all files."
+    if data.data is None: return hashlib.sha256(load_text(path=data.text).text.encode()).hexdigest()
+    path = Path(data.data) / 'train' / 'index.json'
+    if not path.is_file(): raise ValueError(f'--data {data.data} has no train/index.json: write the folder with prepare')
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
 # %% ../nbs/support/cli.ipynb #d369f232
 def continue_text(
     model:GPT,                # in evaluation mode
-    tokenizer:CharTokenizer,  # knows the prompt's characters
+    tokenizer:CharTokenizer|BPETokenizer, # knows the prompt's characters
     prompt:str,               # at least one character
-    max_new_tokens:int,       # how many characters to add
+    max_new_tokens:int,       # how many tokens to add
     **how,                    # temperature, top_k, top_p, generator: see `stream`
 ):                            # an iterator over strings: the prompt, then one character after the other
     "The prompt and what the model makes of it, a piece at a time."
@@ -196,18 +231,18 @@ def continue_text(
     yield prompt
     for new in stream(model, ids, max_new_tokens, **how): yield tokenizer.decode(new[0])
 
-def first_prompt(tokenizer:CharTokenizer)->str:
+def first_prompt(tokenizer:CharTokenizer|BPETokenizer)->str:
     "A newline, as the talk does; the first character of the vocabulary where the text has no newline."
-    return '\n' if '\n' in tokenizer.chars else tokenizer.chars[0]
+    return '\n' if '\n' in getattr(tokenizer, 'chars', '\n') else tokenizer.chars[0]
 
 # %% ../nbs/support/cli.ipynb #eda598be
 class Reporter:
     "Says what a run does: one line and one short sample for each evaluation, and a picture of the losses."
-    def __init__(self, model:GPT, tokenizer:CharTokenizer, data:DataConfig):
-        self.model, self.tokenizer, self.data = model, tokenizer, data
+    def __init__(self, model:GPT, tokenizer:CharTokenizer|BPETokenizer, data:DataConfig, unit:str='character'): # what the loss is an average over
+        self.model, self.tokenizer, self.data, self.unit = model, tokenizer, data, unit
 
     def __call__(self, step:int, history:History)->None:
-        tqdm.write(f'step {step:5d}   val loss {history.val[-1][1]:.4f} nats per character   {history.seconds:5.0f} s')
+        tqdm.write(f'step {step:5d}   val loss {history.val[-1][1]:.4f} nats per {self.unit}   {history.seconds:5.0f} s')
         self.plot(history)
         if self.data.sample_tokens: tqdm.write(self.sample() + '\n')
 
@@ -219,7 +254,7 @@ class Reporter:
     def plot(self, history:History)->None:
         steps, losses = zip(*history.val)
         curves = dict(training=(range(1, len(history.losses) + 1), history.losses), validation=(steps, losses))
-        ax = plot_losses({k: v for k, v in curves.items() if len(v[0])})
+        ax = plot_losses({k: v for k, v in curves.items() if len(v[0])}, ylabel=f'loss (nats per {self.unit})')
         save_png(ax, Path(self.data.out_dir) / 'loss.png')
         if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close(ax.figure)  # in a notebook it would be shown as well
 
@@ -234,11 +269,42 @@ def resumed(
     changed = sorted(k for k, v in about['config'].items() if k != 'vocab_size' and given.get(k, v) != v)
     if changed: raise ValueError(f'--{changed[0]} {given[changed[0]]}: the run in {str(folder)!r} has {changed[0]}={about["config"][changed[0]]}; leave the flag out, or start anew without --resume')
     values = defaults | about['data'] | about['train'] | about['config'] | given
-    sha = hashlib.sha256(load_text(path=values['text']).text.encode()).hexdigest()
-    if sha != about['text']['sha256']: raise ValueError(f'--resume: the run in {str(folder)!r} was trained on another text ({about["text"]["source"]}): name that text with --text')
+    if fingerprint(pick(DataConfig, values)) != about['text']['sha256']:
+        raise ValueError(f'--resume: the run in {str(folder)!r} was trained on another text ({about["text"]["source"]}): name that text with --text, or its shards with --data')
     return values
 
+# %% ../nbs/support/cli.ipynb #254e7eb8
+def train_settings(
+    defaults:dict,        # of every setting
+    given:dict,           # the flags that were typed
+    config:str|None=None, # a JSON file of settings
+    resume:bool=False,    # what the user said
+)->tuple[dict, bool]:     # every setting, and whether to go on from the checkpoint
+    "The settings of a run: anew, taken up because the user said so, or taken up because a worker of this very launch has died."
+    values = settings(defaults, given, config)
+    resume = should_resume(Path(values['out_dir']) / 'checkpoint', resume)
+    return (resumed(given | dict(out_dir=values['out_dir']), defaults) if resume else values), resume
+
 # %% ../nbs/support/cli.ipynb #c121001f
+def make_model(
+    values:dict,    # every setting
+    corpus:Corpus,  # has the vocabulary
+)->GPT:
+    "The model that the settings describe, with random weights."
+    V = corpus.tokenizer.vocab_size
+    c = pick(GPTConfig, values | dict(vocab_size=values['vocab_size'] or V))
+    if c.vocab_size < V: raise ValueError(f'vocab_size={c.vocab_size} is too small: the text has {V} different {corpus.unit}s; leave --vocab_size out')
+    return GPT(c, torch.Generator().manual_seed(values['seed']))
+
+def introduce(model:GPT, corpus:Corpus, device:torch.device, processes:int)->None:
+    "Four lines before the first update."
+    c, unit = model.config, corpus.unit
+    print(f'text    {corpus.about["text"]["source"]}, {corpus.tokenizer.vocab_size} different ones')
+    print(f'split   {len(corpus.train):,} {unit}s to train on, {len(corpus.val):,} to validate on')
+    print(f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} {unit}s of context: {model.num_params():,} parameters')
+    print(f'device  {device}, {torch.get_num_threads()} threads' + (f', {processes} processes' if processes > 1 else '') + '\n', flush=True)
+
+# %% ../nbs/support/cli.ipynb #0d1d775d
 def callbacks(
     report:Reporter,   # prints and draws
     data:DataConfig,   # log, tensorboard, out_dir
@@ -248,35 +314,22 @@ def callbacks(
     if data.tensorboard: kept.append(logs.TensorBoard(Path(data.out_dir) / 'tensorboard'))
     return logs.together(*(k.on_eval for k in kept), report), logs.together(*kept)
 
-# %% ../nbs/support/cli.ipynb #824c4721
-def train_as(
-    values:dict,      # every setting
-    resume:bool,      # go on from the checkpoint in out_dir
-    parallel:Single,  # which process this is, and of how many
-)->None:
-    "From the settings to a checkpoint, a picture and a sample, in one process or in one of several."
-    data, config, folder = pick(DataConfig, values), pick(TrainConfig, values), Path(values['out_dir']) / 'checkpoint'
-    device, corpus = getattr(parallel, 'device', None) or find_device(data.device), load_corpus(data, values['block_size'])
-    V = corpus.tokenizer.vocab_size
-    c = pick(GPTConfig, values | dict(vocab_size=values['vocab_size'] or V))
-    if c.vocab_size < V: raise ValueError(f'vocab_size={c.vocab_size} is too small: the text has {V} different characters; leave --vocab_size out')
-    model = GPT(c, torch.Generator().manual_seed(config.seed)).to(device)
-    say = print if parallel.rank == 0 else lambda *words, **how: None
-    say(f'text    {corpus.about["text"]["source"]}, {V} different ones')
-    say(f'split   {len(corpus.train):,} characters to train on, {len(corpus.val):,} to validate on')
-    say(f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} characters of context: {model.num_params():,} parameters')
-    say(f'device  {device}, {torch.get_num_threads()} threads' + (f', {parallel.world_size} processes' if parallel.world_size > 1 else '') + '\n', flush=True)
-    quiet = data.parallel == 'fsdp'  # a sample would need all processes
-    on_eval, on_step = callbacks(Reporter(model, corpus.tokenizer, replace(data, sample_tokens=0) if quiet else data), data)
-    batch = global_batch(lambda g: get_batch(corpus.train, config.batch_size, c.block_size, g, device), parallel)
-    train(model, batch, config, validate=lambda m: evaluate(m, corpus.val, c.block_size), on_eval=on_eval, on_step=on_step, folder=folder,
-          resume=should_resume(folder, resume), about=dict(data=asdict(data), **corpus.about), parallel=parallel)
-    say(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
-    say('more    transformer-course sample' + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else ''))
-
+# %% ../nbs/support/cli.ipynb #b0d1749b
 def run_train(values:dict, resume:bool=False)->None:
-    "`transformer-course train`, alone or as one of the processes that torchrun has started."
-    with together(values['parallel'], values['device']) as parallel: train_as(values, resume, parallel)
+    "`transformer-course train`: from the settings to a checkpoint, a picture and a sample; in one process or, under torchrun, in many."
+    data, config, folder = pick(DataConfig, values), pick(TrainConfig, values), Path(values['out_dir']) / 'checkpoint'
+    with together(data.parallel, data.device if 'RANK' in os.environ else 'auto') as parallel:
+        many = parallel.world_size > 1
+        device, corpus = parallel.device if many else find_device(data.device), load_corpus(data, values['block_size'])
+        model = make_model(values, corpus).to(device)
+        if parallel.rank == 0: introduce(model, corpus, device, parallel.world_size)
+        shown = replace(data, sample_tokens=0) if isinstance(parallel, Sharded) else data  # no process has the whole model to write with
+        on_eval, on_step = callbacks(Reporter(model, corpus.tokenizer, shown, corpus.unit), data)
+        train(model, corpus.batches(config.batch_size, model.config.block_size, parallel, device), config,
+              validate=lambda m: evaluate(m, corpus.val, model.config.block_size), on_eval=on_eval, on_step=on_step,
+              folder=folder, resume=resume, about=dict(data=asdict(data), **corpus.about), parallel=parallel)
+        if parallel.rank == 0: print(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
+        if parallel.rank == 0: print('more    transformer-course sample' + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else ''))
 
 # %% ../nbs/support/cli.ipynb #be00aa32
 def run_sample(values:dict)->None:
@@ -284,7 +337,7 @@ def run_sample(values:dict)->None:
     config = pick(SampleConfig, values)
     if config.int8 and config.device not in ('auto', 'cpu'): raise ValueError(f'--int8 with --device {config.device}: weights of one byte are for the CPU; leave one of the two out')
     model, about = (load_int8 if config.int8 else load_model)(Path(config.out_dir) / 'checkpoint')
-    device, tokenizer = find_device('cpu' if config.int8 else config.device), CharTokenizer(about['tokenizer']['chars'])
+    device, tokenizer = find_device('cpu' if config.int8 else config.device), tokenizer_from(about['tokenizer'])
     generator = torch.Generator(device).manual_seed(config.seed)
     prompt = config.prompt.replace('\\n', '\n')
     for i in range(config.num_samples):
@@ -304,7 +357,7 @@ def run_info(values:dict)->None:
     c, val = model.config, about['history']['val']
     print(f'checkpoint  {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}')
     print(f'text        {about["text"]["source"]}')
-    print(f'trained     {about["step"]} of {about["train"]["max_iters"]} steps' + (f', val loss {val[-1][1]:.4f} nats per character' if val else ''))
+    print(f'trained     {about["step"]} of {about["train"]["max_iters"]} steps' + (f', val loss {val[-1][1]:.4f} nats per {"character" if about["tokenizer"]["kind"] == "char" else "token"}' if val else ''))
 
 # %% ../nbs/support/cli.ipynb #74d483d2
 TRAIN_EXAMPLES = """examples:
@@ -312,8 +365,12 @@ TRAIN_EXAMPLES = """examples:
   transformer-course train --text my.txt                your own text
   transformer-course train --max_iters 200 --n_layer 2  smaller and shorter
   transformer-course train --resume                     go on where a run was stopped
-  torchrun --standalone --nproc_per_node=2 --no-python transformer-course train     two processes, or two GPUs, share each batch"""
+  transformer-course train --config configs/gpt2_124m.json --data data/openwebtext
+                                                        GPT-2, on a GPU, from token shards (chapter 11)
+  torchrun --standalone --nproc_per_node=8 --no-python transformer-course train ...
+                                                        the same in eight processes"""
 
+# %% ../nbs/support/cli.ipynb #10114358
 def make_parser()->tuple[Parser, dict]: # the parser, and the defaults of each command
     "The command line: one flag for each field of the dataclasses."
     parser = Parser(prog='transformer-course', description='Train a small GPT and let it write. Each command has its own --help.')
@@ -343,11 +400,11 @@ def main(
                                     for a in (sys.argv[1:] if argv is None else argv)]))
     command, config, resume = given.pop('command'), given.pop('config', None), given.pop('resume', False)
     try:
-        if command == 'train': run_train(resumed(given, defaults['train']) if resume else settings(defaults['train'], given, config), resume)
+        if command == 'train': run_train(*train_settings(defaults['train'], given, config, resume))
         if command == 'sample': run_sample(settings(defaults['sample'], given))
         if command == 'info': run_info(given)
     except (ValueError, OSError) as e:
-        print(f'transformer-course {command}: error: {" ".join(str(e).split())}', file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0': print(f'transformer-course {command}: error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('\nstopped' + ('; go on with: transformer-course train --resume' if command == 'train' else ''), file=sys.stderr)

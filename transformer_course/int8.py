@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['quantize_rows', 'pack', 'Int8Linear', 'to_int8', 'place_tensor', 'load_int8']
 
-# %% ../nbs/support/int8.ipynb #568bd918
+# %% ../nbs/support/int8.ipynb #4c901a8f
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from .checkpoint import verified_checkpoint
+from .checkpoint import TensorFile, verified_checkpoint
 from .gpt import GPT, GPTConfig, config_from_dict
 
-# %% ../nbs/support/int8.ipynb #6f37e899
+# %% ../nbs/support/int8.ipynb #9a2a7dc3
 def quantize_rows(
     weight:Tensor, # (O, I)
 )->tuple[Tensor, Tensor]: # whole numbers from -127 to 127 (O, I), int8; scales (O,), so that scale * numbers is nearly `weight`
@@ -25,7 +24,8 @@ def quantize_rows(
     if weight.dim() != 2 or not weight.is_floating_point(): raise ValueError(f'weight has shape {tuple(weight.shape)} and dtype {weight.dtype}: give a matrix of floats (O, I), one row an output')
     if not weight.isfinite().all(): raise ValueError('weight holds numbers that are not finite: train again, or use an earlier checkpoint')
     scale = weight.abs().amax(1) / 127                                    # (O,)
-    return (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+    parts = zip(weight.split(4096), scale.clamp(min=1e-30).split(4096))   # a part at a time: a large vocabulary needs no second copy in floats
+    return torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in parts]), scale
 
 # %% ../nbs/support/int8.ipynb #bf6794e5
 def pack(
@@ -85,7 +85,7 @@ def place_tensor(
     if own.shape != tensor.shape: raise ValueError(f'the checkpoint is of another model: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own.shape)}')
     setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
 
-# %% ../nbs/support/int8.ipynb #afa5cf8b
+# %% ../nbs/support/int8.ipynb #585e46e3
 def load_int8(
     folder:str|Path, # what `train` or `save_checkpoint` left
 )->tuple[GPT, dict]: # the model in evaluation mode, and checkpoint.json
@@ -94,12 +94,11 @@ def load_int8(
     config = config_from_dict(GPTConfig, about['config'])
     with torch.device('meta'): model = GPT(config)
     for name, buffer in GPT(config_from_dict(GPTConfig, about['config'] | dict(n_layer=1, vocab_size=1))).named_buffers(): place_tensor(model, name, buffer)  # tables that no file holds
-    with safe_open(place / 'model.safetensors', framework='pt') as f:
-        names = set(f.keys())
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        for name in names - {f'{k}.{part}' for k in linear for part in ('weight', 'bias')}: place_tensor(model, name, f.get_tensor(name))
-        for name, m in linear.items():
-            weight = f.get_tensor(f'{name}.weight') if f'{name}.weight' in names else model.transformer.wte.weight  # a tied head
-            parent, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(parent), leaf, Int8Linear(weight, f.get_tensor(f'{name}.bias') if m.bias is not None else None))
+    tensors = TensorFile(place / 'model.safetensors')
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in set(tensors) - {f'{k}.{part}' for k in linear for part in ('weight', 'bias')}: place_tensor(model, name, tensors[name].clone())
+    for name, m in linear.items():
+        weight = tensors[f'{name}.weight'] if f'{name}.weight' in tensors else model.transformer.wte.weight  # a tied head
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, Int8Linear(weight, tensors[f'{name}.bias'].clone() if m.bias is not None else None))
     return model.eval(), about

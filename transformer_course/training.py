@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import read_checkpoint, restore_model, restore_optimizers, save_checkpoint, verified_checkpoint
+from .checkpoint import TensorFile, read_checkpoint, restore_model, restore_optimizers, save_checkpoint, verified_checkpoint
 from .gpt import GPT, GPTConfig, config_from_dict
 from .multihead import MultiHeadAttention
 from .plots import progress
@@ -391,7 +390,7 @@ def load_model(folder:str|Path)->tuple[GPT, dict]: # the model in evaluation mod
     "The GPT that `train` left in `folder`."
     about, place = verified_checkpoint(folder)
     model = GPT(config_from_dict(GPTConfig, about['config']))
-    restore_model(model, load_file(place / 'model.safetensors'))  # the optimisers' averages stay on the disk
+    restore_model(model, TensorFile(place / 'model.safetensors'))  # the optimisers' averages stay on the disk
     return model.eval(), about
 
 # %% ../nbs/09_training.ipynb #da4ef462
