@@ -33,7 +33,7 @@ class Program(nn.Module):
         for i, row in enumerate(idx):
             text = TOK.decode(row)
             question = text.partition('=')[0]
-            line = parity_text(question, 2, slip=self.slip_of(question)) + '\n'
+            line = parity_text(question, slip=self.slip_of(question)) + '\n'
             logits[i, -1, TOK.stoi[line[min(len(text), len(line) - 1)]]] = 1.0
         return logits, None
 
@@ -93,7 +93,7 @@ def test_labels_do_not_change_the_scratchpad():
                                  lambda: addition_text('12', '123'), lambda: addition_text('1-', '12'), lambda: to_batch([]), lambda: to_batch(['0110']),
                                  lambda: draw(parity_problem, 0, rng()), lambda: write(small_gpt(), [], 3), lambda: write(small_gpt(), ['0=', '01='], 3),
                                  lambda: stream_parity(small_gpt(), []), lambda: stream_parity(small_gpt(), ['']), lambda: stream_parity(small_gpt(), ['01', '0']),
-                                 lambda: stream_parity(small_gpt(), ['0101'], n=1)])
+                                 lambda: stream_parity(small_gpt(), ['0101'], n=1), lambda: stream_parity(small_gpt(), ['0101'], n=5)])
 def test_bad_input_is_refused(bad):
     with pytest.raises(ValueError, match='must|give|names|lengths'): bad()
 
@@ -149,12 +149,12 @@ def test_writing_is_the_slow_loop_and_rows_do_not_disturb_each_other():
 
 
 def test_writing_goes_on_from_inside_a_scratchpad():
-    lines = [parity_text(q, 2) for q in ('0110', '1000', '1111')]
-    assert write(Program(), [line[:10] for line in lines], 20) == lines
-    assert write(Program(), [line[:10] for line in lines], 3) == [line[:13] for line in lines]
+    lines = [parity_text(q) for q in ('0110', '1000', '1111')]
+    assert write(Program(), [line[:8] for line in lines], 20) == lines
+    assert write(Program(), [line[:8] for line in lines], 3) == [line[:11] for line in lines]
 
 
-@pytest.mark.parametrize('length', [1, 4, 7, 30, 61])
+@pytest.mark.parametrize('length', [5, 6, 7, 8, 30, 61])
 def test_streaming_with_a_faultless_model_is_exact(length):
     rows = [random_digits(length, 2, g) for g in [rng(length)] for _ in range(6)]
     answers, windows = stream_parity(Program(), rows, n=5)

@@ -122,18 +122,20 @@ def write(
     head = len(prompts[0])
     return [prompt + re.match(r'[^\n]*\n?', TOK.decode(row[head:]))[0] for prompt, row in zip(prompts, rows)]
 
-# %% ../nbs/22_scratchpad.ipynb #5c4c254f
+# %% ../nbs/22_scratchpad.ipynb #9447f60a
 def stream_parity(
     model:nn.Module,  # writes parity scratchpads for n bits, see `parity_text`
-    rows:list[str],   # strings of bits of any length, the same for all
+    rows:list[str],   # strings of at least n bits, of any length, the same for all
     n:int=16,         # bits that fit into the window
-)->tuple[list[str], list[list[str]]]: # the parity of each row; what was in each window
-    "Parity of long strings in a short window: each window begins with the answer that the model wrote in the last one."
-    if n < 2 or not rows or not rows[0] or len({len(row) for row in rows}) != 1: raise ValueError(f'n={n} must be at least 2, and rows must be strings of bits, all of the same length')
-    state, windows = [''] * len(rows), []
-    while rows[0]:
-        take = n - len(state[0])
-        prompts = [(kept + row[:take]).rjust(n, '0') + '=' for kept, row in zip(state, rows)]  # zeros in front change no parity
-        windows.append(write(model, prompts, 2 * n + 4))
-        state, rows = [split_text(line)[2][:1] or '0' for line in windows[-1]], [row[take:] for row in rows]
-    return state, windows
+)->tuple[list[str], list[list[str]]]: # the parity of each row; the line in each window, a list for each window
+    "Parity of long strings in a short window: each window begins with a digit that was written on paper before."
+    if n < 2 or not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < n: raise ValueError(f'n={n} must be at least 2, and rows must be strings of at least n bits, all of the same length')
+    length, paper, windows = len(rows[0]), [''] * len(rows), []
+    while len(paper[0]) < length:
+        start = min(len(paper[0]), length - n + 1) if windows else 0
+        heads = [p[start - 1:start] if start else '' for p in paper]                     # the parity of all that came before
+        prompts = [(head + row[start:])[:n] + '=' for head, row in zip(heads, rows)]
+        windows.append(write(model, prompts, 2 * n))
+        notes = [split_text(line)[1].ljust(n, '0')[:n] for line in windows[-1]]
+        paper = [p[:start] + note[len(head):] for p, note, head in zip(paper, notes, heads)]
+    return [p[-1] for p in paper], windows
