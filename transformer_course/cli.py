@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# %% ../nbs/support/cli.ipynb #7bf8632d
 import torch
 from tqdm import tqdm
 

@@ -72,7 +72,8 @@ BLOCK = (
           ('06_block',), 'zero-initialised blocks are the identity, bit for bit, and start faster', 'ReZero, arXiv 2003.04887', True,
           'lead of the silent start over 40 updates'),
     Claim('B5', 'Training finds a short algorithm first and adds to it, one line of code after another.',
-          ('23_why',), 'the number of layers that matter does not fall during training; the first matters twice as much as the second', '', True))
+          ('23_why',), 'the number of layers that matter does not fall during training; the first matters twice as much as the second', '', True,
+          headline='pairs of frames between which the number fell'))
 
 # %% ../nbs/support/ledger.ipynb #7e65d67f
 GPTS = (
@@ -93,7 +94,8 @@ GPTS = (
     Claim('G6', 'Generation starts from a newline and looks at the last block_size tokens.',
           ('10_generation',), 'with a cache and without, the same tokens, also past the block size', '', False, 'settings in which the cache changes no token'),
     Claim('G7', 'Larger models are better, by a law that can be extrapolated.',
-          ('11_scaling',), 'five sizes in order; R² of at least 0.95; the largest predicted to 5 %', 'arXiv 2001.08361', True))
+          ('11_scaling',), 'five sizes in order; R² of at least 0.95; the largest predicted to 5 %', 'arXiv 2001.08361', True,
+          headline='largest size, foretold from the other four: off by'))
 
 # %% ../nbs/support/ledger.ipynb #1c88caf3
 ENCODERS = (
@@ -118,37 +120,48 @@ OTHERS = (
     Claim('M7', 'Attention can be kept to a neighbourhood, with a global layer now and then.',
           ('05_positions',), 'scores and losses for several windows; local and global layers in turn', 'Longformer, arXiv 2004.05150', True, 'refrain: local and global'),
     Claim('M8', 'In a mixture of experts each token consults one of several MLPs.',
-          ('23_why',), 'four experts against one at equal work for a token; how evenly they are asked', 'Switch, arXiv 2101.03961', True))
+          ('25_experts',), 'four experts against one at equal work for a token; how evenly they are asked', 'Switch, arXiv 2101.03961', True))
 
 # %% ../nbs/support/ledger.ipynb #c2e347a4
 IN_CONTEXT = (
     Claim('I1', 'More examples in the prompt give better answers, and no weight changes.',
-          ('19_few_shot',), 'accuracy rises with the examples; a single layer cannot; a real model beside it', 'GPT-3, arXiv 2005.14165', True),
+          ('19_few_shot',), 'accuracy rises with the examples; a single layer cannot; a real model beside it', 'GPT-3, arXiv 2005.14165', True,
+          headline='cipher: right on letters seen before'),
     Claim('I2', 'A loop runs inside the activations: heads that find what followed last time.',
-          ('20_induction',), 'two layers can and one cannot; without the heads it fails; they appear in a phase change', 'arXiv 2209.11895', True),
+          ('20_induction',), 'two layers can and one cannot; without the heads it fails; they appear in a phase change', 'arXiv 2209.11895', True,
+          headline='two layers: second time round'),
     Claim('I3', 'From the examples in its prompt a Transformer does ridge regression.',
-          ('21_regression',), 'close to the error of ridge; weights read off its answers point the same way', 'arXiv 2208.01066, 2211.15661', True),
+          ('21_regression',), 'close to the error of ridge; weights read off its answers point the same way', 'arXiv 2208.01066, 2211.15661', True,
+          headline='error / ridge error after 2d = 10 examples'),
     Claim('I4', 'A layer can read, calculate and write, so it can carry out instructions.',
-          ('21_regression',), 'move, multiply, divide and affine map as exact layers; a step of SGD made of them', 'arXiv 2211.15661'),
+          ('21_regression',), 'move, multiply, divide and affine map as exact layers; a step of SGD made of them', 'arXiv 2211.15661',
+          headline='one SGD step through Blocks'),
     Claim('I5', 'Attention can do gradient descent.',
-          ('21_regression',), 'k layers = k steps to ten digits; a trained layer finds the best step size', 'arXiv 2212.07677'),
+          ('21_regression',), 'k layers = k steps to ten digits; a trained layer finds the best step size', 'arXiv 2212.07677',
+          headline='k layers against k gradient steps, k = 1 to 20'),
     Claim('I6', 'A model that is taught to use a scratchpad solves what it cannot solve in its head.',
-          ('22_scratchpad',), 'parity and addition, with a scratchpad and without', 'arXiv 2112.00114', True),
+          ('22_scratchpad',), 'parity and addition, with a scratchpad and without', 'arXiv 2112.00114', True,
+          headline='parity of 16 bits, scratchpad: exact match'),
     Claim('I7', 'The prompt is the program: with fixed weights, the model does whichever task it describes.',
-          ('19_few_shot',), 'one model, several tasks, told apart by the prompt alone', '', True))
+          ('19_few_shot',), 'one model, several tasks, told apart by the prompt alone', '', True,
+          headline='same question, eight prompts: right answers'))
 
 # %% ../nbs/support/ledger.ipynb #d7b1a80c
 REASONS = (
     Claim('W1', 'The forward pass can express algorithms.',
-          ('23_why',), 'weights set by hand that copy, shift, sort and count without an error', 'RASP, arXiv 2106.06981'),
+          ('23_why',), 'weights set by hand that copy, shift, sort and count without an error', 'RASP, arXiv 2106.06981',
+          headline='six hand-set programs, 1,800 random texts: wrong answers'),
     Claim('W2', 'It can be trained: wide and shallow, with a short way from the loss to every input.',
-          ('23_why',), 'finds a needle 40 tokens back, where an LSTM does not; the gradients at distance 100', '', True),
+          ('23_why',), 'finds a needle 40 tokens back, where an LSTM does not; the gradients at distance 100', '', True,
+          headline='needle 40 tokens back: Transformer'),
     Claim('W3', 'It suits parallel machines: all places of a text are computed at once.',
-          ('23_why',), 'steps that must wait for each other; times as measured, also where the LSTM wins', '', True),
+          ('23_why',), 'steps that must wait for each other; times as measured, also where the LSTM wins', '', True,
+          headline='GPT: operations in a row, T = 128 minus T = 16'),
     Claim('W4', 'Its cost grows with the square of the context, and that is its weakness.',
-          ('23_why',), 'how fast time and memory grow with T; what windows and a fused kernel save', '', True),
+          ('23_why',), 'how fast time and memory grow with T; what windows and a fused kernel save', '', True,
+          headline='exponent of memory in T: weights written down'),
     Claim('W5', 'Leave the architecture as it is and scale everything else.',
-          ('11_scaling', '24_pretrained'), 'one Block from 0.3 million parameters to a published model with 135 million'))
+          ('24_pretrained',), 'one Block from 0.3 million parameters to a published model with 135 million'))
 
 # %% ../nbs/support/ledger.ipynb #23276ae5
 GROUPS = {'H': 'Before attention', 'A': 'Attention', 'B': 'The block', 'G': 'A GPT', 'E': 'Encoders and decoders',
