@@ -82,16 +82,16 @@ def main():
             for peer, run in contestants.items():
                 began = time.perf_counter()
                 assert run(idx, n).shape[1] == n + 1
-                runs[peer].append(n / (time.perf_counter() - began))
-        table[name] = {peer: dict(median=statistics.median(speeds), runs=speeds) for peer, speeds in runs.items()}
-        for peer, row in table[name].items(): print(f"{name:6} {peer:22} {row['median']:9.1f} tokens per second")
+                runs[peer].append(dict(tokens_per_second=n / (time.perf_counter() - began)))
+        table[name] = {peer: dict(median=dict(tokens_per_second=statistics.median(r['tokens_per_second'] for r in rows)), runs=rows) for peer, rows in runs.items()}
+        for peer, row in table[name].items(): print(f"{name:6} {peer:22} {row['median']['tokens_per_second']:9.1f} tokens per second")
     checkout = dict(nanogpt=peers.checkout_version(args.nanogpt)) if args.nanogpt else {}
     result = dict(table=table, versions=peers.versions(*(['transformers'] if has_hf else []), **checkout), threads=1)
     print(result['versions'])
     if not args.quick:
         weights = 4 * (GPTConfig().vocab_size * 768 + 12 * 12 * 768**2)
         result |= dict(bytes_per_second=bandwidth(), weight_bytes=weights)
-        result['share_of_bound'] = table['gpt2']['ours']['median'] * weights / result['bytes_per_second']
+        result['share_of_bound'] = table['gpt2']['ours']['median']['tokens_per_second'] * weights / result['bytes_per_second']
         print(f"one core reads {result['bytes_per_second'] / 1e9:.1f} GB/s; ours reaches {result['share_of_bound']:.0%} of the bound at GPT-2's shape")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + '\n')
