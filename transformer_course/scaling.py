@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['block_params', 'PowerLaw', 'fit_power_law', 'r_squared', 'fit_with_floor', 'compute_optimal', 'matrix_params',
            'optimizer_bytes', 'activation_numbers', 'activation_bytes', 'saved_bytes', 'matmul_shapes', 'best_seconds',
-           'matmul_rate', 'attention_seconds', 'memory_rate', 'newton_schulz_flops', 'predict_step_seconds', 'Plan',
-           'plan']
+           'matmul_rate', 'attention_seconds', 'memory_rate', 'newton_schulz_flops', 'activation_seconds',
+           'muon_seconds', 'predict_step_seconds', 'Plan', 'plan']
 
 # %% ../nbs/11_scaling.ipynb #6cc05dc7
 import math
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import ACTIVATIONS
 from .gpt import GPTConfig, count_params
-from .training import TrainConfig, model_flops_per_token
+from .training import TrainConfig, model_flops_per_token, orthogonalize
 
 # %% ../nbs/11_scaling.ipynb #1b7b89a1
 def block_params(config:GPTConfig)->int:
@@ -187,6 +188,20 @@ def newton_schulz_flops(config:GPTConfig, steps:int=5)->int:
     product = lambda a, b: 2 * min(a, b)**2 * (2 * max(a, b) + min(a, b))
     return config.n_layer * steps * sum(product(a, b) for a, b in matrices + [(hidden, C)] * 2)
 
+# %% ../nbs/11_scaling.ipynb #8a7e5f3e
+def activation_seconds(config:GPTConfig, batch_size:int, repeats:int=5)->float: # forward and backward, all layers
+    "Time of the MLP's nonlinearity at the model's shape, on this CPU."
+    x = torch.randn(batch_size * config.block_size, int(config.mlp_ratio * config.n_embd), requires_grad=True)
+    function, ones = ACTIVATIONS[config.activation], torch.ones_like(x)
+    return config.n_layer * best_seconds(lambda: torch.autograd.grad(function(x), x, ones), repeats)
+
+def muon_seconds(config:GPTConfig, repeats:int=5)->float: # per update
+    "Time of Muon's orthogonalisation at the shapes of the model's matrices, on this CPU."
+    C, hidden, L = config.n_embd, int(config.mlp_ratio * config.n_embd), config.n_layer
+    kv = C // config.n_head * (config.n_kv_head or config.n_head)
+    stacks = [torch.randn(L, 3, C, C) if kv == C else torch.randn(L, C + 2 * kv, C), torch.randn(L, C, C), torch.randn(L, hidden, C), torch.randn(L, C, hidden)]
+    return best_seconds(lambda: [orthogonalize(s) for s in stacks], repeats)
+
 # %% ../nbs/11_scaling.ipynb #45c739f9
 def predict_step_seconds(
     config:GPTConfig,      # the model
@@ -200,8 +215,8 @@ def predict_step_seconds(
     products = 6 * tokens * (matrix_params(config) + config.n_embd * config.vocab_size)
     moved = 4 * tokens * (config.n_layer * numbers['block'] + numbers['once'])
     weights = 7 * count_params(config) - (2 * matrix_params(config) if optimizer == 'muon' else 0)
-    muon = newton_schulz_flops(config) / rate if optimizer == 'muon' else 0.0
-    return dict(products=products / rate, attention=attention_seconds(config, batch_size, repeats), memory=(moved + weights) / memory, muon=muon)
+    return dict(products=products / rate, attention=attention_seconds(config, batch_size, repeats), activation=activation_seconds(config, batch_size, repeats),
+                memory=(moved + weights) / memory, muon=muon_seconds(config, repeats) if optimizer == 'muon' else 0.0)
 
 # %% ../nbs/11_scaling.ipynb #aad3a51b
 @dataclass
