@@ -18,7 +18,7 @@ thorough = settings(deadline=None, derandomize=True, max_examples=40)
 def test_rows_are_off_by_half_a_step_at_most(O, I, size, seed):
     w = torch.randn(O, I, generator=torch.Generator().manual_seed(seed)) * 10 ** size
     w8, scale = quantize_rows(w)
-    assert w8.shape == w.shape and scale.shape == (O,) and w8.abs().max() <= 127
+    assert w8.shape == w.shape and scale.shape == (O,) and (w8.abs().amax(1) == 127).all()  # every row uses all its steps
     assert ((w8 * scale[:, None] - w).abs() <= scale[:, None] * 0.5001).all()
 
 
@@ -36,10 +36,11 @@ def test_a_layer_is_near_the_float_one(O, I, batch, bias, kernel, seed):
 
 def test_the_file_of_a_tied_model_gives_the_tied_head(tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8), torch.Generator().manual_seed(0))
+    for p in model.parameters(): p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))  # biases begin as zeros
     save_checkpoint(tmp_path/'checkpoint', model)
     loaded, _ = load_int8(tmp_path/'checkpoint')
     ids = torch.arange(8)[None]
-    assert (loaded(ids)[0] - model.eval()(ids)[0]).abs().max() < 0.05
+    assert (loaded(ids)[0] - model.eval()(ids)[0]).abs().max() < 0.2
     assert not any(isinstance(m, nn.Linear) for m in loaded.modules()) and not any(p.is_meta for p in [*loaded.parameters(), *loaded.buffers()])
 
 
