@@ -12,7 +12,8 @@ from transformer_course.attention import causal_mask, scaled_dot_product_attenti
 from transformer_course.before import RecurrentLanguageModel
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.programs import Program, Selector, compile_program, layout, plan, run_program
-from transformer_course.why import chrono_init, critical_path, input_gradient, needle, readings, recall, saved_bytes, windowed_attention
+from transformer_course.scaling import saved_bytes
+from transformer_course.why import chrono_init, critical_path, input_gradient, needle, readings, recall, windowed_attention
 
 thorough = settings(deadline=None, derandomize=True, max_examples=25)
 
@@ -155,7 +156,7 @@ def test_critical_path_of_a_loop_grows_by_its_body():
 
 def test_saved_bytes_counts_a_shared_storage_once():
     z = torch.ones(10, requires_grad=True)
-    assert saved_bytes(lambda: (z * z) * (z * z)) == 3 * 40  # z, and the two products
+    assert saved_bytes(nn.Module(), lambda: (z * z) * (z * z)) == 3 * 40  # z, and the two products
 
 
 @thorough

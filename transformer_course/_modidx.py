@@ -1028,6 +1028,5 @@ d = { 'settings': { 'branch': 'main',
                                         'transformer_course.why.needle': ('why.html#needle', 'transformer_course/why.py'),
                                         'transformer_course.why.readings': ('why.html#readings', 'transformer_course/why.py'),
                                         'transformer_course.why.recall': ('why.html#recall', 'transformer_course/why.py'),
-                                        'transformer_course.why.saved_bytes': ('why.html#saved_bytes', 'transformer_course/why.py'),
                                         'transformer_course.why.windowed_attention': ( 'why.html#windowed_attention',
                                                                                        'transformer_course/why.py')}}}
