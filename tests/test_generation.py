@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_course.bigram import BigramLanguageModel, sample
-from transformer_course.generation import Decoder, KVCache, LayerCache, accept_or_redraw, filter_logits, generate, generate_many, last_logits, next_token, speculative, stream
+from transformer_course.generation import CachedDecoder, KVCache, LayerCache, accept_or_redraw, filter_logits, generate, generate_many, last_logits, next_token, speculative, stream
 from transformer_course.gpt import GPT, GPTConfig, POSITIONS
 
 V, BLOCK = 13, 10
@@ -184,7 +184,7 @@ def test_the_decoder_says_what_the_model_says(model, T, B):
     "Logits after each token, read one by one behind a prompt, against the whole text at once."
     idx = torch.randint(V, (B, BLOCK), generator=rng(T))
     with torch.no_grad():
-        decoder, whole = Decoder(model, BLOCK), model(idx)[0]
+        decoder, whole = CachedDecoder(model, BLOCK), model(idx)[0]
         pieces = [decoder(idx[:, :T])] + [decoder(idx[:, t:t + 1]) for t in range(T, BLOCK)]
     torch.testing.assert_close(torch.stack(pieces, 1), whole[:, T - 1:], atol=1e-4, rtol=1e-4)
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformer_course.attention import causal_mask, scaled_dot_product_attention
 from transformer_course.before import RecurrentLanguageModel
 from transformer_course.gpt import GPT, GPTConfig
-from transformer_course.programs import Program, Selector, compile_program, layout, plan, run_program
+from transformer_course.programs import Program, Selector, compile_program, layout, run_program, schedule
 from transformer_course.scaling import saved_bytes
 from transformer_course.why import chrono_init, critical_path, input_gradient, needle, readings, recall, windowed_attention
 
@@ -84,7 +84,7 @@ def test_nobody_selected_leaves_the_register_empty():
 def test_layout_has_no_overlaps():
     places, C = layout(SORT)
     assert sorted(i for s in places.values() for i in range(s.start, s.stop)) == list(range(C))
-    assert [len(b) for b in plan(SORT)[0]] == [1, 1, 1]
+    assert [len(b) for b in schedule(SORT)[0]] == [1, 1, 1]
 
 
 @pytest.mark.parametrize('bad, word', [

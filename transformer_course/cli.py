@@ -313,7 +313,7 @@ def callbacks(
     "Everybody who wants to hear of evaluations and of updates."
     kept = [logs.LogFile(Path(data.out_dir) / 'log.jsonl')] if data.log else []
     if data.tensorboard: kept.append(logs.TensorBoard(Path(data.out_dir) / 'tensorboard'))
-    return logs.together(*(k.on_eval for k in kept), report), logs.together(*kept)
+    return logs.call_all(*(k.on_eval for k in kept), report), logs.call_all(*kept)
 
 # %% ../nbs/support/cli.ipynb #b0d1749b
 def run_train(values:dict, resume:bool=False)->None:

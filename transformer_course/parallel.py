@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['global_batch', 'torchrun', 'launched', 'own_device', 'use_loopback', 'dropout_state', 'Held', 'let_go', 'Many',
-           'DataParallel', 'meeting', 'start', 'stop', 'Sharded', 'write_parts', 'read_header', 'layout', 'join',
+           'DataParallel', 'meeting', 'start', 'stop', 'Sharded', 'write_parts', 'read_header', 'joined_header', 'join',
            'copy_bytes', 'merge_parts', 'verified', 'same_model', 'read_parts', 'should_resume', 'left_alone',
            'together']
 
@@ -259,7 +259,7 @@ def read_header(path:Path)->tuple[dict, dict, int]: # name -> dtype, shape, data
     return header, {name: places[name]['saved_offsets'] if places else [0] * len(h['shape']) for name, h in header.items()}, 8 + length
 
 # %% ../nbs/support/parallel.ipynb #e3054b5e
-def layout(
+def joined_header(
     parts:dict[str, list[dict]], # name -> headers of its parts, from the first row to the last
 )->dict[str, dict]:              # name -> dtype, shape and data_offsets of the whole
     "The header of a file in which the rows of each tensor stand together."
@@ -283,7 +283,7 @@ def join(
         header, first, start = read_header(file)
         for name, h in header.items(): parts.setdefault(name, []).append((first[name], h, file, start))
     for found in parts.values(): found.sort(key=lambda part: part[0])
-    header = layout({name: [h for _, h, _, _ in found] for name, found in parts.items()})
+    header = joined_header({name: [h for _, h, _, _ in found] for name, found in parts.items()})
     head = json.dumps(header).encode()
     head += b' ' * (-len(head) % 8)
     with open(to, 'wb') as out:

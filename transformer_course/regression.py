@@ -115,9 +115,9 @@ class InContextRegressor(LanguageModel):
         steps = itertools.accumulate(self.h, lambda h, block: block(h, mask=mask), initial=self.embed(pair_tokens(x, y)))
         return [h[:, ::2] for h in steps]
 
-    def forward(self, x:Tensor, y:Tensor)->tuple[Tensor, Tensor]: # (B, n), and the mean squared error divided by d
+    def forward(self, x:Tensor, y:Tensor)->tuple[Tensor, Tensor]: # (B, n), and the mean over positions of the log of the mean squared error
         pred = self.lm_head(self.ln_f(self.streams(x, y)[-1]))[..., 0]
-        return pred, (pred - y).square().mean() / self.d
+        return pred, (pred - y).square().mean(0).clamp_min(1e-12).log().mean()
 
 # %% ../nbs/21_regression.ipynb #865bfc76
 def implicit_weights(

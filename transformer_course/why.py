@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import scaled_dot_product_attention
 from .bigram import cross_entropy
+from .few_shot import draw_letters
 from .gpt import GPT, GPTConfig, embed
 
 # %% ../nbs/23_why.ipynb #e71c221c
@@ -69,11 +70,12 @@ def recall(
     dense:bool=True,            # ask for every digit that has been seen; False: only for the last pair's
     pairs:int=24,               # letters with their digits, one after another
     letters:int=8,              # different letters
+    fewest:int|None=None,       # each text keeps to a random set of `fewest` to `letters` letters; default: all
 )->tuple[Tensor, Tensor]:       # x (B, 2*pairs), ids 0 to 9 are digits; y, the digit under each letter that came before, else -1
     "Letters and their digits, dealt anew in each text: which digit goes with this letter?"
     if pairs <= letters: raise ValueError(f'pairs={pairs} must be more than letters={letters}, so that some letter comes twice')
     book = torch.randint(DIGITS, (batch_size, letters), generator=generator)            # (B, letters)
-    letter = torch.randint(letters, (batch_size, pairs), generator=generator)           # (B, pairs)
+    letter = draw_letters(batch_size, pairs, letters, fewest, generator)                # (B, pairs)
     letter[:, -1] = letter[:, :-1].gather(1, torch.randint(pairs - 1, (batch_size, 1), generator=generator))[:, 0]
     digit = book.gather(1, letter)
     x = torch.stack([DIGITS + letter, digit], -1).flatten(1)                            # (B, 2*pairs)
