@@ -116,11 +116,20 @@ def test_shakespeare_launch_line(folder, root):
     assert kept['step'] == 2 and kept['config']['dropout'] == 0.2 and kept['train']['optimizer'] == 'adamw'
 
 
-def test_gpt2_launch_line_alone_and_under_torchrun(folder, root):
-    "The file, shrunk by flags, over token shards with gradient accumulation: one process, then two with torchrun; the same losses."
+@pytest.fixture(scope='module')
+def one(folder, root):
+    "The words of the GPT-2 recipe, shrunk by flags, over token shards with gradient accumulation; run by one process into the folder `one`."
     line = ['train', '--config', root / 'configs/gpt2_124m.json', '--data', 'data', *SHRUNK, '--vocab_size', len(set(TEXT)), '--batch_size', 4, '--gradient_accumulation_steps', 3]
+    done = launch(folder, *line, '--out_dir', 'one')
+    assert done.returncode == 0, done.stderr[-2000:]
+    return line
+
+
+def test_gpt2_launch_line_alone_and_under_torchrun(folder, one):
+    "The same recipe in one process, then in two with torchrun: the same losses."
     run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python']
-    for done in (launch(folder, *line, '--out_dir', 'one'), launch(folder, *line, '--out_dir', 'two', before=run)): assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(folder, *one, '--out_dir', 'two', before=run)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = about(folder, 'one'), about(folder, 'two')
     assert one['step'] == two['step'] == 2 and two['world_size'] == 2 and one['history']['tokens'] == two['history']['tokens'] == 2 * 3 * 4 * 16
     torch.testing.assert_close(two['history']['losses'], one['history']['losses'], rtol=1e-5, atol=0)
@@ -128,7 +137,7 @@ def test_gpt2_launch_line_alone_and_under_torchrun(folder, root):
     assert one['config']['bias'] is True and one['config']['position'] == 'learned' and one['train']['lr_decay'] == 'cosine'
 
 
-def test_bad_shards_get_one_line(folder, root):
+def test_bad_shards_get_one_line(folder, one):
     for words, said in ((['--data', 'nowhere'], 'no index.json'), (['--data', 'data', '--block_size', '100000'], 'block_size=100000'), (['--data', 'data', '--vocab_size', '3'], 'vocab_size=3')):
         done = launch(folder, 'train', *SHRUNK, '--out_dir', 'bad', *words)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1

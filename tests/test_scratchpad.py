@@ -163,6 +163,10 @@ def test_streaming_with_a_faultless_model_is_exact(length):
 
 
 def test_streaming_carries_what_was_written_and_not_the_truth():
-    wrong = Program(slip_of=lambda question: 0)  # every window turns the parity over
-    answers, windows = stream_parity(wrong, ['1' * 17], n=5)
-    assert len(windows) == 4 and answers == [str((17 + 4) % 2)]
+    wrong = Program(slip_of=lambda question: 0 if question[1] == '1' else None)  # some windows turn the parity over
+    rows = [random_digits(17, 2, g) for g in [rng(5)] for _ in range(12)]
+    answers, windows = stream_parity(wrong, rows, n=5)
+    slips = [sum(line[1] == '1' for line in lines) for lines in zip(*windows)]
+    assert len(windows) == 4 and {s % 2 for s in slips} == {0, 1}
+    assert answers == [str((row.count('1') + s) % 2) for row, s in zip(rows, slips)]
+    for earlier, later in zip(windows, windows[1:]): assert [line[0] for line in later] == [split_text(line)[2] for line in earlier]
