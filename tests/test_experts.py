@@ -171,7 +171,8 @@ def test_the_balance_loss_reaches_the_gradient_in_training_only():
 def test_is_a_gpt_that_trains_copies_and_writes():
     model, x, y = ExpertGPT(SMALL, 4, generator=rng()), ids(), ids(2)
     model(x, y)
-    copy.deepcopy(model)  # nothing of the graph is kept
+    assert not any(layer.balance.requires_grad for layer in model.layers)  # the graph is let go
+    copy.deepcopy(model)
     history = train(model, lambda g: (x, y), TrainConfig(max_iters=80, warmup_iters=5, dtype='float32', compile=False))
     assert history.losses[-1] < 0.5 * history.losses[0]
     other = ExpertGPT(SMALL, 4, generator=rng(9)).eval()
@@ -192,6 +193,14 @@ def test_seeds_decide_the_weights():
     a, b, c = (ExpertGPT(SMALL, 4, generator=rng(s)).state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a['transformer.h.0.mlp.experts.3.c_fc.weight'], c['transformer.h.0.mlp.experts.3.c_fc.weight'])
     assert not torch.equal(a['transformer.h.0.mlp.experts.0.c_fc.weight'], a['transformer.h.0.mlp.experts.1.c_fc.weight'])
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_no_expert_works_for_tokens_that_did_not_ask(k):
+    module, seen = layer(6, 4, k), []
+    for expert in module.experts: expert.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
+    module(torch.randn(2, 9, 6, generator=rng(), dtype=torch.double))
+    assert seen == module.chosen.flatten().bincount(minlength=4).tolist() and sum(seen) == 18 * k
 
 
 def test_experts_in_a_block_of_their_own():
