@@ -120,7 +120,7 @@ def let_go(
 )->bool:                    # whether they are ours alone
     "Wait until torch's threads have put down these tensors: doing so while Python ends would abort the process."
     end = time.monotonic() + seconds
-    while (held := any(t._use_count() > 1 for t in tensors)) and time.monotonic() < end: time.sleep(0.001)
+    while (held := any(t._use_count() > 1 for t in tensors)) and time.monotonic() < end: time.sleep(0.0001)
     return not held
 
 # %% ../nbs/support/parallel.ipynb #7b4a607a

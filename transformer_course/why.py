@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import scaled_dot_product_attention
 from .bigram import cross_entropy
-from .few_shot import draw_letters
+from .few_shot import draw_letters, seen_before
 from .gpt import GPT, GPTConfig, embed
 
 # %% ../nbs/23_why.ipynb #e71c221c
@@ -79,7 +79,7 @@ def recall(
     letter[:, -1] = letter[:, :-1].gather(1, torch.randint(pairs - 1, (batch_size, 1), generator=generator))[:, 0]
     digit = book.gather(1, letter)
     x = torch.stack([DIGITS + letter, digit], -1).flatten(1)                            # (B, 2*pairs)
-    known = (letter[:, :, None] == letter[:, None]).tril(-1).any(-1)                    # (B, pairs): came before
+    known = seen_before(letter)                                                         # (B, pairs)
     if not dense: known[:, :-1] = False
     y = torch.full_like(x, -1)
     y[:, ::2] = digit.masked_fill(~known, -1)
