@@ -12,7 +12,9 @@ it saw first, so its tokens are counted, not demanded; its encoder is given our 
 
 The file is not called tokenizers.py: Python would then import it where Hugging Face's package is meant.
 """
+
 import os
+
 os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
 import argparse, gc, importlib, statistics, sys, time
 from collections import Counter
@@ -24,7 +26,11 @@ from transformer_course.sources import load_text
 from transformer_course.tokenizer import PATTERN, BPETokenizer, learn_merges, split_pieces
 
 VOCAB, SLICE = 1024, 100_000
-PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))  # the bytes that GPT-2 writes as themselves (Radford 2019)
+PRINTABLE = (
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+)  # the bytes that GPT-2 writes as themselves (Radford 2019)
 
 
 def timed(function):
@@ -55,8 +61,12 @@ def hf_trained_on_pieces(hf, text, vocab_size):
     "Hugging Face's trainer on our pieces, with a character for each byte in the order of the bytes: its tokens, as bytes."
     letters = [chr(0x400 + b) for b in range(256)]
     tokenizer = hf.Tokenizer(hf.models.BPE())
-    trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=letters, show_progress=False)
-    tokenizer.train_from_iterator((''.join(letters[b] for b in p.encode()) for p in split_pieces(text)), trainer)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        (''.join(letters[b] for b in p.encode()) for p in split_pieces(text)), trainer
+    )
     vocab = tokenizer.get_vocab()
     return [bytes(ord(c) - 0x400 for c in t) for t in sorted(vocab, key=vocab.get)]
 
@@ -66,7 +76,12 @@ def hf_trained_on_text(hf, text, vocab_size):
     tokenizer = hf.Tokenizer(hf.models.BPE())
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([text], hf.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        [text],
+        hf.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return tokenizer
 
 
@@ -75,7 +90,11 @@ def hf_with(hf, tokens, pairs):
     rest = iter(range(256, 512))
     letter = [chr(b) if b in PRINTABLE else chr(next(rest)) for b in range(256)]
     names = [''.join(letter[b] for b in t) for t in tokens]
-    tokenizer = hf.Tokenizer(hf.models.BPE({name: i for i, name in enumerate(names)}, [(names[a], names[b]) for a, b in pairs]))
+    tokenizer = hf.Tokenizer(
+        hf.models.BPE(
+            {name: i for i, name in enumerate(names)}, [(names[a], names[b]) for a, b in pairs]
+        )
+    )
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
@@ -83,14 +102,20 @@ def hf_with(hf, tokens, pairs):
 def minbpe_with(module, tokens, pairs):
     "minbpe's tokenizer with our tokens."
     tokenizer = module.RegexTokenizer(PATTERN)
-    tokenizer.merges, tokenizer.vocab = {pair: 256 + i for i, pair in enumerate(pairs)}, dict(enumerate(tokens))
+    tokenizer.merges, tokenizer.vocab = (
+        {pair: 256 + i for i, pair in enumerate(pairs)},
+        dict(enumerate(tokens)),
+    )
     return tokenizer
 
 
 def load_minbpe(path):
     "minbpe from a checkout; its third tokenizer wants a file from the network, so only the one used here is imported."
     root = Path(path).resolve()
-    if not (root / 'minbpe' / 'regex.py').is_file(): raise ValueError(f'minbpe={str(path)!r} holds no minbpe/regex.py: give a checkout of github.com/karpathy/minbpe')
+    if not (root / 'minbpe' / 'regex.py').is_file():
+        raise ValueError(
+            f'minbpe={str(path)!r} holds no minbpe/regex.py: give a checkout of github.com/karpathy/minbpe'
+        )
     package = type(sys)('minbpe')  # an empty package: minbpe/__init__.py is left out
     package.__path__ = [str(root / 'minbpe')]
     sys.modules['minbpe'] = package
@@ -100,51 +125,81 @@ def load_minbpe(path):
 def train_all(text, vocab_size, hf, runs):
     "Training on the whole text; raises where two results differ that must not."
     contestants = {'ours': lambda: BPETokenizer.train(text, vocab_size).tokens}
-    if hf: contestants |= {'Hugging Face': lambda: hf_trained_on_text(hf, text, vocab_size),
-                           'Hugging Face, our pieces': lambda: hf_trained_on_pieces(hf, text, vocab_size)}
+    if hf:
+        contestants |= {
+            'Hugging Face': lambda: hf_trained_on_text(hf, text, vocab_size),
+            'Hugging Face, our pieces': lambda: hf_trained_on_pieces(hf, text, vocab_size),
+        }
     results, rows = take_turns(contestants, runs)
-    if hf and results['ours'] != results['Hugging Face, our pieces']: raise AssertionError("our tokens are not Hugging Face's")
+    if hf and results['ours'] != results['Hugging Face, our pieces']:
+        raise AssertionError("our tokens are not Hugging Face's")
     return results['ours'], rows
 
 
 def train_beside_minbpe(text, vocab_size, minbpe):
     "One run of each on the same text: rows, and how many of minbpe's tokens are also ours."
+
     def theirs():
         tokenizer = minbpe.RegexTokenizer(minbpe.GPT2_SPLIT_PATTERN)
         tokenizer.train(text, vocab_size)
         return set(tokenizer.vocab.values())
-    results, rows = take_turns({'ours': lambda: BPETokenizer.train(text, vocab_size).tokens, 'minbpe': theirs}, 1)
+
+    results, rows = take_turns(
+        {'ours': lambda: BPETokenizer.train(text, vocab_size).tokens, 'minbpe': theirs}, 1
+    )
     return rows, len(results['minbpe'] & set(results['ours']))
 
 
 def encode_all(text, tokens, pairs, hf, runs):
     "Encoding the whole text; raises where the ids differ. Ours begins each run with an empty memory."
     as_tiktoken = BPETokenizer(tokens).to_tiktoken()
-    plain = tiktoken.Encoding('plain', pat_str=PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={})
+    plain = tiktoken.Encoding(
+        'plain',
+        pat_str=PATTERN,
+        mergeable_ranks={t: i for i, t in enumerate(tokens)},
+        special_tokens={},
+    )
     fresh = iter([BPETokenizer(tokens) for _ in range(runs)])
-    contestants = {'ours': lambda: next(fresh).encode(text), 'ours, to_tiktoken()': lambda: as_tiktoken.encode(text), 'tiktoken': lambda: plain.encode(text)}
+    contestants = {
+        'ours': lambda: next(fresh).encode(text),
+        'ours, to_tiktoken()': lambda: as_tiktoken.encode(text),
+        'tiktoken': lambda: plain.encode(text),
+    }
     if hf:
         theirs = hf_with(hf, tokens, pairs)
         contestants['Hugging Face'] = lambda: theirs.encode(text).ids
-        contestants['Hugging Face, encode_batch_fast'] = lambda: theirs.encode_batch_fast([text])[0].ids  # without the place of each token in the text
+        contestants['Hugging Face, encode_batch_fast'] = lambda: (
+            theirs.encode_batch_fast([text])[0].ids
+        )  # without the place of each token in the text
     results, rows = take_turns(contestants, runs)
     for name, ids in results.items():
-        if ids != results['ours']: raise AssertionError(f'{name} gives other ids than ours')
+        if ids != results['ours']:
+            raise AssertionError(f'{name} gives other ids than ours')
     return rows, len(results['ours'])
 
 
 def encode_beside_minbpe(text, tokens, pairs, minbpe):
     "One run of each on the same text; raises where the ids differ."
     theirs, mine = minbpe_with(minbpe, tokens, pairs), BPETokenizer(tokens)
-    results, rows = take_turns({'ours': lambda: mine.encode(text), 'minbpe': lambda: theirs.encode_ordinary(text)}, 1)
-    if results['ours'] != results['minbpe']: raise AssertionError('minbpe gives other ids than ours')
+    results, rows = take_turns(
+        {'ours': lambda: mine.encode(text), 'minbpe': lambda: theirs.encode_ordinary(text)}, 1
+    )
+    if results['ours'] != results['minbpe']:
+        raise AssertionError('minbpe gives other ids than ours')
     return rows
 
 
 def summary(rows, megabytes=None):
     "Medians of the runs; with `megabytes`, the speed in MB (1,000,000 bytes) a CPU second as well."
-    middle = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in rows.items()}
-    if megabytes: middle = {name: {**m, 'mb_per_cpu_second': megabytes / m['cpu_seconds']} for name, m in middle.items()}
+    middle = {
+        name: {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+        for name, runs in rows.items()
+    }
+    if megabytes:
+        middle = {
+            name: {**m, 'mb_per_cpu_second': megabytes / m['cpu_seconds']}
+            for name, m in middle.items()
+        }
     return dict(median=middle, runs=rows)
 
 
@@ -157,24 +212,45 @@ def table(title, part):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--minbpe', help='a checkout of minbpe')
-    parser.add_argument('--slow', action='store_true', help='minbpe on the whole text, not on its beginning')
+    parser.add_argument(
+        '--slow', action='store_true', help='minbpe on the whole text, not on its beginning'
+    )
     parser.add_argument('--runs', type=int, default=5)
-    parser.add_argument('--quick', action='store_true', help='20,000 characters, 300 tokens, one run; writes nothing')
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='20,000 characters, 300 tokens, one run; writes nothing',
+    )
     args = parser.parse_args(arguments)
     text, source = load_text()
     vocab_size, runs, length = VOCAB, args.runs, None if args.slow else SLICE
-    if args.quick: text, vocab_size, runs, length = text[:20_000], 300, 1, 2_000
-    try: hf = importlib.import_module('tokenizers')
-    except ImportError: hf = None
+    if args.quick:
+        text, vocab_size, runs, length = text[:20_000], 300, 1, 2_000
+    try:
+        hf = importlib.import_module('tokenizers')
+    except ImportError:
+        hf = None
     print(source if hf else f'{source}; Hugging Face left out: pip install tokenizers')
     tokens, rows = train_all(text, vocab_size, hf, runs)
     pairs, size = pairs_of(text, vocab_size), len(text.encode()) / 1e6
-    if [tokens[a] + tokens[b] for a, b in pairs] != tokens[256:]: raise AssertionError('the merges are not those of the tokens')
+    if [tokens[a] + tokens[b] for a, b in pairs] != tokens[256:]:
+        raise AssertionError('the merges are not those of the tokens')
     encoding, ids = encode_all(text, tokens, pairs, hf, runs)
-    result = dict(text=source, characters=len(text), vocab_size=vocab_size, ids=ids, threads=1, train=summary(rows), encode=summary(encoding, size),
-                  tokens_equal_hugging_face=bool(hf), ids_equal=True)
+    result = dict(
+        text=source,
+        characters=len(text),
+        vocab_size=vocab_size,
+        ids=ids,
+        threads=1,
+        train=summary(rows),
+        encode=summary(encoding, size),
+        tokens_equal_hugging_face=bool(hf),
+        ids_equal=True,
+    )
     table(f'{vocab_size:,} tokens learnt from {len(text):,} characters', result['train'])
     table('the same text encoded', result['encode'])
     more = {}
@@ -183,14 +259,25 @@ def main(arguments=None):
         more['minbpe'] = peers.checkout_version(args.minbpe)
         trained, same = train_beside_minbpe(part, vocab_size, minbpe)
         encoded = encode_beside_minbpe(part, tokens, pairs, minbpe)
-        result['minbpe'] = dict(characters=len(part), tokens_in_common=same, train=summary(trained), encode=summary(encoded, len(part.encode()) / 1e6))
-        table(f'{vocab_size:,} tokens learnt from {len(part):,} characters', result['minbpe']['train'])
+        result['minbpe'] = dict(
+            characters=len(part),
+            tokens_in_common=same,
+            train=summary(trained),
+            encode=summary(encoded, len(part.encode()) / 1e6),
+        )
+        table(
+            f'{vocab_size:,} tokens learnt from {len(part):,} characters', result['minbpe']['train']
+        )
         table('the same characters encoded', result['minbpe']['encode'])
         print(f'  {same:,} of {vocab_size:,} tokens in common (ties are broken differently)')
-    result['versions'] = peers.versions('tiktoken', 'regex', *(['tokenizers'] if hf else []), **more)
+    result['versions'] = peers.versions(
+        'tiktoken', 'regex', *(['tokenizers'] if hf else []), **more
+    )
     print(result['versions'])
-    if not args.quick: peers.write('bpe', result)
+    if not args.quick:
+        peers.write('bpe', result)
     return result
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

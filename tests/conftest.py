@@ -1,25 +1,29 @@
 "Fixtures that the tests share: where things are, and a browser if there is one."
+
 import json, os, shutil, sys, time
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT/'tools'))
+sys.path.insert(0, str(ROOT / 'tools'))
 os.environ.setdefault('OMP_NUM_THREADS', str(os.cpu_count() or 1))
 os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
-os.environ.pop('TRANSFORMER_COURSE_RECORD', None)   # tests leave the recorded results as they are
-CHROMIUM_ARGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-                 '--disable-component-update --disable-sync').split()
+os.environ.pop('TRANSFORMER_COURSE_RECORD', None)  # tests leave the recorded results as they are
+CHROMIUM_ARGS = (
+    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+    '--disable-component-update --disable-sync'
+).split()
 
 
 def notebook_paths():
     "Every notebook of the course."
-    return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    return sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def missing(what):
     "Skip the test, or fail it where REQUIRE_BROWSER says that everything must be there."
-    if os.environ.get('REQUIRE_BROWSER', '') not in ('', '0'): pytest.fail(f'{what}, and REQUIRE_BROWSER is set')
+    if os.environ.get('REQUIRE_BROWSER', '') not in ('', '0'):
+        pytest.fail(f'{what}, and REQUIRE_BROWSER is set')
     pytest.skip(what)
 
 
@@ -32,9 +36,13 @@ def root():
 @pytest.fixture(scope='session')
 def shakespeare():
     "The path of a copy of tiny shakespeare beside the repository, or the one named by TRANSFORMER_COURSE_TEXT."
-    places = [os.environ.get('TRANSFORMER_COURSE_TEXT', ''), *sorted(ROOT.parent.glob('shared/data/tinyshakespeare/*.txt'))]
+    places = [
+        os.environ.get('TRANSFORMER_COURSE_TEXT', ''),
+        *sorted(ROOT.parent.glob('shared/data/tinyshakespeare/*.txt')),
+    ]
     found = [Path(p) for p in places if p and Path(p).is_file()]
-    if not found: pytest.skip('no local copy of tiny shakespeare; name one with TRANSFORMER_COURSE_TEXT')
+    if not found:
+        pytest.skip('no local copy of tiny shakespeare; name one with TRANSFORMER_COURSE_TEXT')
     return found[0]
 
 
@@ -42,16 +50,28 @@ def shakespeare():
 def chromium_path():
     "An installed Chromium or Chrome."
     named = os.environ.get('CHROMIUM_PATH')
-    found = named or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), None)
-    if not found: missing('no Chromium found: install it or name it with CHROMIUM_PATH')
+    found = named or next(
+        filter(
+            None,
+            map(
+                shutil.which,
+                ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'),
+            ),
+        ),
+        None,
+    )
+    if not found:
+        missing('no Chromium found: install it or name it with CHROMIUM_PATH')
     return found
 
 
 @pytest.fixture(scope='session')
 def browser(chromium_path):
     "A headless browser."
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: missing('playwright is not installed')
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing('playwright is not installed')
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path, args=CHROMIUM_ARGS)
         yield browser
@@ -61,4 +81,7 @@ def browser(chromium_path):
 def pytest_terminal_summary(terminalreporter):
     "Under tools/test.py, the time of all its stages."
     began = os.environ.get('COURSE_TESTS_BEGAN')
-    if began: terminalreporter.write_line(f'sync, notebooks and pytest together: {time.time() - float(began):.0f} s')
+    if began:
+        terminalreporter.write_line(
+            f'sync, notebooks and pytest together: {time.time() - float(began):.0f} s'
+        )

@@ -1,4 +1,5 @@
 "Before the Transformer: counts against a dictionary, cells against PyTorch, attention and padding, dates against the calendar."
+
 import datetime
 from collections import Counter
 
@@ -8,8 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from transformer_course.before import (END, MONTHS, PAD, WEEKDAYS, AdditiveAttention, Decoder, Encoder, MLPLanguageModel, NGram, RecurrentLanguageModel, Seq2Seq,
-                                       additive_attention, date_forms, date_pairs, gram_codes, greedy, gru_cell, lstm_cell, ngram_table, rnn_cell, unroll)
+from transformer_course.before import (
+    END,
+    MONTHS,
+    PAD,
+    WEEKDAYS,
+    AdditiveAttention,
+    Decoder,
+    Encoder,
+    MLPLanguageModel,
+    NGram,
+    RecurrentLanguageModel,
+    Seq2Seq,
+    additive_attention,
+    date_forms,
+    date_pairs,
+    gram_codes,
+    greedy,
+    gru_cell,
+    lstm_cell,
+    ngram_table,
+    rnn_cell,
+    unroll,
+)
 from transformer_course.bigram import evaluate, sample
 
 V = 5
@@ -17,64 +39,99 @@ thorough = settings(deadline=None, derandomize=True, max_examples=40)
 texts = st.lists(st.integers(0, V - 1), min_size=1, max_size=60)
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def slow(ids, history, w, n):
     "P_n(w | history), from the formula, with lists."
-    if n == 0: return 1 / V
-    lower, h = slow(ids, history, w, n - 1), history[len(history) - n + 1:]
-    if len(history) < n - 1: return lower
-    after = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == h]
-    return (after.count(w) + len(set(after)) * lower) / (len(after) + len(set(after))) if after else lower
+    if n == 0:
+        return 1 / V
+    lower, h = slow(ids, history, w, n - 1), history[len(history) - n + 1 :]
+    if len(history) < n - 1:
+        return lower
+    after = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == h]
+    return (
+        (after.count(w) + len(set(after)) * lower) / (len(after) + len(set(after)))
+        if after
+        else lower
+    )
 
 
 @thorough
 @given(texts, st.integers(1, 5))
 def test_codes_and_table_count_what_is_there(ids, n):
-    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
-    assert gram_codes(torch.tensor(ids), V, n).tolist() == [sum(d * V ** (n - 1 - i) for i, d in enumerate(g)) for g in grams]
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    assert gram_codes(torch.tensor(ids), V, n).tolist() == [
+        sum(d * V ** (n - 1 - i) for i, d in enumerate(g)) for g in grams
+    ]
     contexts, starts, nexts, counts = (t.tolist() for t in ngram_table(torch.tensor(ids), V, n))
-    found = {(c, nexts[k]): counts[k] for m, c in enumerate(contexts) for k in range(starts[m], starts[m + 1])}
-    assert found == {(sum(d * V ** (n - 2 - i) for i, d in enumerate(g[:-1])), g[-1]): k for g, k in Counter(grams).items()}
+    found = {
+        (c, nexts[k]): counts[k]
+        for m, c in enumerate(contexts)
+        for k in range(starts[m], starts[m + 1])
+    }
+    assert found == {
+        (sum(d * V ** (n - 2 - i) for i, d in enumerate(g[:-1])), g[-1]): k
+        for g, k in Counter(grams).items()
+    }
 
 
 @thorough
 @given(texts, texts, st.integers(1, 5))
 def test_ngram_is_the_formula(ids, asked, n):
     logits, loss = NGram(torch.tensor(ids), V, n)(torch.tensor([asked]), torch.tensor([asked]))
-    want = torch.tensor([[slow(ids, asked[:t + 1], w, n) for w in range(V)] for t in range(len(asked))])
+    want = torch.tensor(
+        [[slow(ids, asked[: t + 1], w, n) for w in range(V)] for t in range(len(asked))]
+    )
     torch.testing.assert_close(logits[0].exp(), want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(1, len(asked)))
-    torch.testing.assert_close(loss, -want[range(len(asked)), asked].log().mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        loss, -want[range(len(asked)), asked].log().mean(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_ngram_sees_its_context_and_no_more():
     model = NGram(torch.randint(V, (500,), generator=rng()), V, 3)
-    a, b, c = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[4, 4, 2, 3]]), torch.tensor([[0, 1, 4, 3]])
-    assert torch.equal(model(a)[0][0, -1], model(b)[0][0, -1]) and not torch.equal(model(a)[0][0, -1], model(c)[0][0, -1])
+    a, b, c = (
+        torch.tensor([[0, 1, 2, 3]]),
+        torch.tensor([[4, 4, 2, 3]]),
+        torch.tensor([[0, 1, 4, 3]]),
+    )
+    assert torch.equal(model(a)[0][0, -1], model(b)[0][0, -1]) and not torch.equal(
+        model(a)[0][0, -1], model(c)[0][0, -1]
+    )
 
 
 def test_ngram_survives_its_state_dict_and_writes():
     ids = torch.randint(V, (400,), generator=rng(1))
     model, other = NGram(ids, V, 4), NGram(ids, V, 4)
     other.load_state_dict(model.state_dict())
-    assert evaluate(model, ids, 50) == evaluate(other, ids, 50) < evaluate(NGram(ids, V, 1), ids, 50)
+    assert (
+        evaluate(model, ids, 50) == evaluate(other, ids, 50) < evaluate(NGram(ids, V, 1), ids, 50)
+    )
     assert sample(model, torch.tensor([[0]]), 9, block_size=3, generator=rng()).shape == (1, 10)
 
 
 def test_the_longest_code_is_exact():
     ids = torch.full((10,), 64)
-    assert gram_codes(ids, 65, 10).item() == 65 ** 10 - 1
-    with pytest.raises(ValueError, match='n=11'): gram_codes(ids, 65, 11)
+    assert gram_codes(ids, 65, 10).item() == 65**10 - 1
+    with pytest.raises(ValueError, match='n=11'):
+        gram_codes(ids, 65, 11)
 
 
 @thorough
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+@given(
+    st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99)
+)
 def test_cells_are_torchs(B, T, C, H, seed):
     torch.manual_seed(seed)
     x, h, c = torch.randn(B, T, C), torch.randn(B, H), torch.randn(B, H)
-    for name, cell, state, theirs in (('RNN', rnn_cell, h, h[None]), ('GRU', gru_cell, h, h[None]), ('LSTM', lstm_cell, (h, c), (h[None], c[None]))):
+    for name, cell, state, theirs in (
+        ('RNN', rnn_cell, h, h[None]),
+        ('GRU', gru_cell, h, h[None]),
+        ('LSTM', lstm_cell, (h, c), (h[None], c[None])),
+    ):
         net = getattr(nn, name)(C, H, batch_first=True)
         torch.testing.assert_close(unroll(cell, x, state, net.all_weights[0]), net(x, theirs)[0])
 
@@ -85,7 +142,9 @@ def test_recurrent_models_do_not_see_the_future_and_have_no_horizon(kind):
     model, a = RecurrentLanguageModel(V, 4, 8, kind), torch.randint(V, (2, 12), generator=rng())
     b, c = a.clone(), a.clone()
     b[:, -1], c[:, 0] = (a[:, -1] + 1) % V, (a[:, 0] + 1) % V
-    assert torch.equal(model(a)[0][:, :-1], model(b)[0][:, :-1]) and not torch.equal(model(a)[0][:, -1], model(c)[0][:, -1])
+    assert torch.equal(model(a)[0][:, :-1], model(b)[0][:, :-1]) and not torch.equal(
+        model(a)[0][:, -1], model(c)[0][:, -1]
+    )
 
 
 @pytest.mark.parametrize('context', (1, 2, 5))
@@ -103,14 +162,20 @@ def test_mlp_has_a_horizon(context):
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 99))
 def test_additive_attention(B, S, seed):
     g = rng(seed)
-    query, keys, v = torch.randn(B, 6, generator=g), torch.randn(B, S, 6, generator=g), torch.randn(6, generator=g)
+    query, keys, v = (
+        torch.randn(B, 6, generator=g),
+        torch.randn(B, S, 6, generator=g),
+        torch.randn(6, generator=g),
+    )
     mask = torch.rand(B, S, generator=g) < 0.6
     mask[:, 0] = True
     w = additive_attention(query, keys, v, mask)
     torch.testing.assert_close(w.sum(-1), torch.ones(B))
     assert (w[~mask] == 0).all()
     for b in range(B):
-        e = torch.stack([(v * (query[b] + keys[b, j]).tanh()).sum() for j in range(S) if mask[b, j]])
+        e = torch.stack(
+            [(v * (query[b] + keys[b, j]).tanh()).sum() for j in range(S) if mask[b, j]]
+        )
         torch.testing.assert_close(w[b][mask[b]], e.softmax(0))
 
 
@@ -118,11 +183,19 @@ def test_additive_attention(B, S, seed):
 def test_padding_changes_nothing(attention):
     torch.manual_seed(0)
     model = Seq2Seq(9, 4, 6, attention)
-    src, targets = torch.tensor([[2, 3, 4, 5], [6, 7, PAD, PAD]]), torch.tensor([[3, 2, END], [4, END, -1]])
+    src, targets = (
+        torch.tensor([[2, 3, 4, 5], [6, 7, PAD, PAD]]),
+        torch.tensor([[3, 2, END], [4, END, -1]]),
+    )
     logits, loss = model(src, targets)
     torch.testing.assert_close(model(nn.functional.pad(src, (0, 3)), targets)[0], logits)
     torch.testing.assert_close(model(src[1:, :2], targets[1:])[0], logits[1:])
-    counted = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(3) if targets[b, t] >= 0]
+    counted = [
+        -logits[b, t].log_softmax(-1)[targets[b, t]]
+        for b in range(2)
+        for t in range(3)
+        if targets[b, t] >= 0
+    ]
     torch.testing.assert_close(loss, torch.stack(counted).mean())
 
 
@@ -139,17 +212,38 @@ def test_greedy_is_teacher_forcing_of_its_own_words(attention):
 
 def test_without_attention_every_word_goes_through_the_summary():
     torch.manual_seed(0)
-    decoder, args = Decoder(9, 4, 6, False), (torch.randn(1, 3, 12), torch.ones(1, 3, dtype=torch.bool), torch.randn(1, 12))
-    say = lambda memory, summary: (lambda s: decoder(torch.tensor([2]), *s)[0])(decoder.begin(memory, args[1], summary))
-    assert torch.equal(say(args[0], args[2]), say(args[0] + 1, args[2])) and not torch.equal(say(args[0], args[2]), say(args[0], args[2] + 1))
+    decoder, args = (
+        Decoder(9, 4, 6, False),
+        (torch.randn(1, 3, 12), torch.ones(1, 3, dtype=torch.bool), torch.randn(1, 12)),
+    )
+    say = lambda memory, summary: (lambda s: decoder(torch.tensor([2]), *s)[0])(
+        decoder.begin(memory, args[1], summary)
+    )
+    assert torch.equal(say(args[0], args[2]), say(args[0] + 1, args[2])) and not torch.equal(
+        say(args[0], args[2]), say(args[0], args[2] + 1)
+    )
 
 
 def test_bad_input_is_refused_in_one_line():
     ids, see = torch.tensor([0, 1, 2]), torch.ones(1, 2, dtype=torch.bool)
-    for bad, name in ((lambda: NGram(ids, V, 0), 'n=0'), (lambda: NGram(ids, 2, 2), 'ids'), (lambda: NGram(ids[:0], V, 2), 'ids'), (lambda: MLPLanguageModel(V, 0, 2, 2), 'context=0'),
-                      (lambda: RecurrentLanguageModel(V, 2, 2, 'GRU'), "kind='GRU'"), (lambda: date_pairs(-1, 0), 'n=-1'), (lambda: Encoder(V, 2, 2)(torch.tensor([[PAD, 2]])), 'src'),
-                      (lambda: additive_attention(torch.zeros(1, 3), torch.zeros(1, 2, 4), torch.zeros(4), see), 'query'), (lambda: AdditiveAttention(2, 2, 2)(torch.zeros(1, 2), torch.zeros(1, 2, 2), ~see), 'mask')):
-        with pytest.raises(ValueError) as e: bad()
+    for bad, name in (
+        (lambda: NGram(ids, V, 0), 'n=0'),
+        (lambda: NGram(ids, 2, 2), 'ids'),
+        (lambda: NGram(ids[:0], V, 2), 'ids'),
+        (lambda: MLPLanguageModel(V, 0, 2, 2), 'context=0'),
+        (lambda: RecurrentLanguageModel(V, 2, 2, 'GRU'), "kind='GRU'"),
+        (lambda: date_pairs(-1, 0), 'n=-1'),
+        (lambda: Encoder(V, 2, 2)(torch.tensor([[PAD, 2]])), 'src'),
+        (
+            lambda: additive_attention(
+                torch.zeros(1, 3), torch.zeros(1, 2, 4), torch.zeros(4), see
+            ),
+            'query',
+        ),
+        (lambda: AdditiveAttention(2, 2, 2)(torch.zeros(1, 2), torch.zeros(1, 2, 2), ~see), 'mask'),
+    ):
+        with pytest.raises(ValueError) as e:
+            bad()
         assert str(e.value).startswith(name) and '\n' not in str(e.value)
 
 
@@ -157,25 +251,47 @@ def read(written):
     "The days a form may mean, by looking names up: an independent reader of `date_forms`."
     words = written.replace(',', ' ').replace('.', ' ').split()
     names = [w for w in words if w in WEEKDAYS['English'] + sum(WEEKDAYS.values(), [])]
-    months = {m + 1 for ms in MONTHS.values() for m, name in enumerate(ms) for w in words if w == name or w == name[:3] and ms is MONTHS['English']}
-    numbers = [int(''.join(c for c in w if c.isdigit())) for w in written.replace('/', ' ').replace('.', ' ').replace(',', ' ').split() if any(c.isdigit() for c in w)]
+    months = {
+        m + 1
+        for ms in MONTHS.values()
+        for m, name in enumerate(ms)
+        for w in words
+        if w == name or w == name[:3] and ms is MONTHS['English']
+    }
+    numbers = [
+        int(''.join(c for c in w if c.isdigit()))
+        for w in written.replace('/', ' ').replace('.', ' ').replace(',', ' ').split()
+        if any(c.isdigit() for c in w)
+    ]
     year = numbers.pop()
-    if months: candidates = [(m, numbers[0]) for m in months]
-    elif '/' in written: candidates = [(numbers[0], numbers[1]), (numbers[1], numbers[0])]
-    else: candidates = [(numbers[1], numbers[0])]
+    if months:
+        candidates = [(m, numbers[0]) for m in months]
+    elif '/' in written:
+        candidates = [(numbers[0], numbers[1]), (numbers[1], numbers[0])]
+    else:
+        candidates = [(numbers[1], numbers[0])]
     days = {datetime.date(year, m, d) for m, d in candidates if m <= 12}
-    return {d for d in days if not names or any(names[0] == week[d.weekday()] for week in WEEKDAYS.values())}
+    return {
+        d
+        for d in days
+        if not names or any(names[0] == week[d.weekday()] for week in WEEKDAYS.values())
+    }
 
 
 @thorough
 @given(st.dates(datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)))
 def test_every_form_means_one_day(day):
-    for written in date_forms(day): assert read(written) == {day}, written
+    for written in date_forms(day):
+        assert read(written) == {day}, written
 
 
 def test_date_pairs():
     train, test = date_pairs(3000, 0), date_pairs(300, 0, held_out=True)
     days = [{datetime.date.fromisoformat(iso) for _, iso in pairs} for pairs in (train, test)]
-    assert not days[0] & days[1] and all(d.toordinal() % 10 == 0 for d in days[1]) and all(d.toordinal() % 10 for d in days[0])
+    assert (
+        not days[0] & days[1]
+        and all(d.toordinal() % 10 == 0 for d in days[1])
+        and all(d.toordinal() % 10 for d in days[0])
+    )
     assert min(days[0] | days[1]).year == 1950 and max(days[0] | days[1]).year == 2049
     assert date_pairs(20, 3) == date_pairs(20, 3) != date_pairs(20, 4) and date_pairs(0, 0) == []

@@ -1,4 +1,5 @@
 "Mixture of experts: against Hugging Face's Switch and Mixtral, against a dense sum, and its properties."
+
 import copy
 import warnings
 
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from transformer_course.block import MLP, Block
-from transformer_course.experts import ExpertGPT, Experts, balance_loss, check_experts, dispatch, route
+from transformer_course.experts import (
+    ExpertGPT,
+    Experts,
+    balance_loss,
+    check_experts,
+    dispatch,
+    route,
+)
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.training import TrainConfig, train
@@ -18,7 +26,8 @@ thorough = settings(deadline=None, derandomize=True, max_examples=25)
 SMALL = GPTConfig(block_size=8, vocab_size=7, n_layer=2, n_head=2, n_embd=16)
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def layer(*args, seed=0, **kw):
@@ -26,7 +35,8 @@ def layer(*args, seed=0, **kw):
     return Experts(*args, **kw).double()
 
 
-def ids(seed=1, shape=(3, 8)): return torch.randint(7, shape, generator=rng(seed))
+def ids(seed=1, shape=(3, 8)):
+    return torch.randint(7, shape, generator=rng(seed))
 
 
 def dense(module, x):
@@ -35,7 +45,7 @@ def dense(module, x):
     for at in torch.cartesian_prod(*map(torch.arange, x.shape[:-1])).view(-1, x.dim() - 1).tolist():
         token = x[tuple(at)]
         probs = (module.router.weight @ token).softmax(0)
-        best = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:module.top_k]
+        best = sorted(range(len(probs)), key=lambda e: -probs[e].item())[: module.top_k]
         total = sum(probs[e] for e in best) if module.top_k > 1 else 1
         out[tuple(at)] = sum(probs[e] / total * module.experts[e](token) for e in best)
     return out
@@ -44,7 +54,10 @@ def dense(module, x):
 def transformers():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return pytest.importorskip('transformers', reason='the reference implementation is not installed: pip install transformers')
+        return pytest.importorskip(
+            'transformers',
+            reason='the reference implementation is not installed: pip install transformers',
+        )
 
 
 @thorough
@@ -55,27 +68,48 @@ def test_equals_a_loop_over_tokens_in_values_and_gradients(n_experts, k, seed):
     x = torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.double)
     torch.testing.assert_close(module(x), dense(module, x))
     module(x).sin().sum().backward()
-    ours = [p.grad.clone() for p in module.parameters()]  # an expert that nobody asked has zeros, not None
+    ours = [
+        p.grad.clone() for p in module.parameters()
+    ]  # an expert that nobody asked has zeros, not None
     module.zero_grad(set_to_none=True)
     dense(module, x).sin().sum().backward()
-    for p, mine in zip(module.parameters(), ours): torch.testing.assert_close(mine, torch.zeros_like(p) if p.grad is None else p.grad)
+    for p, mine in zip(module.parameters(), ours):
+        torch.testing.assert_close(mine, torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_equals_switch(seed):
     transformers()
     from transformers import SwitchTransformersConfig
-    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP, load_balancing_loss_func
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        SwitchTransformersSparseMLP,
+        load_balancing_loss_func,
+    )
+
     torch.manual_seed(seed)
-    theirs = SwitchTransformersSparseMLP(SwitchTransformersConfig(d_model=8, d_ff=32, num_experts=5, expert_capacity=1000, dropout_rate=0.0, router_jitter_noise=0.0)).eval()
+    theirs = SwitchTransformersSparseMLP(
+        SwitchTransformersConfig(
+            d_model=8,
+            d_ff=32,
+            num_experts=5,
+            expert_capacity=1000,
+            dropout_rate=0.0,
+            router_jitter_noise=0.0,
+        )
+    ).eval()
     ours = Experts(8, 5, bias=False, activation='relu')
     ours.router.weight.data = theirs.router.classifier.weight.data
     for e, expert in enumerate(ours.experts):
-        expert.c_fc.weight.data, expert.c_proj.weight.data = theirs.experts[f'expert_{e}'].wi.weight.data, theirs.experts[f'expert_{e}'].wo.weight.data
+        expert.c_fc.weight.data, expert.c_proj.weight.data = (
+            theirs.experts[f'expert_{e}'].wi.weight.data,
+            theirs.experts[f'expert_{e}'].wo.weight.data,
+        )
     x = torch.randn(3, 11, 8)
     torch.testing.assert_close(ours(x), theirs(x))
     probs = ours.router(x).softmax(-1).view(1, 33, 5)
-    torch.testing.assert_close(ours.balance, load_balancing_loss_func(probs, ours.chosen.view(1, 33)))
+    torch.testing.assert_close(
+        ours.balance, load_balancing_loss_func(probs, ours.chosen.view(1, 33))
+    )
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -83,30 +117,42 @@ def test_routes_as_mixtral(seed):
     "Its experts have gates and ours do not: the router is compared, and the balance loss (theirs counts k questions for a token)."
     transformers()
     from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter, load_balancing_loss_func
-    theirs = MixtralTopKRouter(MixtralConfig(hidden_size=8, num_local_experts=5, num_experts_per_tok=2))
+    from transformers.models.mixtral.modeling_mixtral import (
+        MixtralTopKRouter,
+        load_balancing_loss_func,
+    )
+
+    theirs = MixtralTopKRouter(
+        MixtralConfig(hidden_size=8, num_local_experts=5, num_experts_per_tok=2)
+    )
     nn.init.normal_(theirs.weight, generator=rng(seed))
     x = torch.randn(33, 8, generator=rng(seed + 10))
     logits, weights, chosen = theirs(x)
     probs, mine, who = route(logits, 2)
     torch.testing.assert_close(mine, weights)
     assert torch.equal(who, chosen)
-    torch.testing.assert_close(2 * balance_loss(probs, who), load_balancing_loss_func((logits,), 5, 2))
+    torch.testing.assert_close(
+        2 * balance_loss(probs, who), load_balancing_loss_func((logits,), 5, 2)
+    )
 
 
 @thorough
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_even_routing_has_balance_one(n_experts, rounds, seed):
-    chosen = torch.arange(n_experts).repeat(rounds)[torch.randperm(n_experts * rounds, generator=rng(seed)), None]
+    chosen = torch.arange(n_experts).repeat(rounds)[
+        torch.randperm(n_experts * rounds, generator=rng(seed)), None
+    ]
     probs = torch.full((n_experts * rounds, n_experts), 1 / n_experts)
-    torch.testing.assert_close(balance_loss(probs, chosen), torch.tensor(1.))
-    torch.testing.assert_close(balance_loss(probs, torch.zeros_like(chosen)), torch.tensor(1.))  # even probabilities: 1, whoever is asked
+    torch.testing.assert_close(balance_loss(probs, chosen), torch.tensor(1.0))
+    torch.testing.assert_close(
+        balance_loss(probs, torch.zeros_like(chosen)), torch.tensor(1.0)
+    )  # even probabilities: 1, whoever is asked
     certain = torch.eye(n_experts)[torch.zeros(7, dtype=torch.long)]
     assert balance_loss(certain, certain.argmax(-1, keepdim=True)) == n_experts
 
 
 def test_descent_on_the_balance_loss_evens_the_load():
-    logits = (torch.randn(200, 4, generator=rng()) + torch.tensor([2., 0, 0, 0])).requires_grad_()
+    logits = (torch.randn(200, 4, generator=rng()) + torch.tensor([2.0, 0, 0, 0])).requires_grad_()
     before = route(logits)[2].flatten().bincount(minlength=4).max().item()
     optimizer = torch.optim.SGD([logits], lr=20.0)
     for _ in range(50):
@@ -129,7 +175,9 @@ def test_names_of_experts_do_not_matter():
         other.experts = nn.ModuleList(module.experts[i] for i in names)
         other.router.weight.data = module.router.weight.data[names]
         torch.testing.assert_close(other(x), module(x))
-        assert torch.equal(torch.tensor(names)[other.chosen], module.chosen) and torch.equal(other.load, module.load[names])
+        assert torch.equal(torch.tensor(names)[other.chosen], module.chosen) and torch.equal(
+            other.load, module.load[names]
+        )
 
 
 @pytest.mark.parametrize('k', [1, 2])
@@ -173,12 +221,19 @@ def test_is_a_gpt_that_trains_copies_and_writes():
     model(x, y)
     assert not any(layer.balance.requires_grad for layer in model.layers)  # the graph is let go
     copy.deepcopy(model)
-    history = train(model, lambda g: (x, y), TrainConfig(max_iters=80, warmup_iters=5, dtype='float32', compile=False))
+    history = train(
+        model,
+        lambda g: (x, y),
+        TrainConfig(max_iters=80, warmup_iters=5, dtype='float32', compile=False),
+    )
     assert history.losses[-1] < 0.5 * history.losses[0]
     other = ExpertGPT(SMALL, 4, generator=rng(9)).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x)[0], model(x)[0])
-    assert torch.equal(generate(model, x[:1, :3], 5, temperature=0.0), generate(other, x[:1, :3], 5, temperature=0.0))
+    assert torch.equal(
+        generate(model, x[:1, :3], 5, temperature=0.0),
+        generate(other, x[:1, :3], 5, temperature=0.0),
+    )
 
 
 def test_counts():
@@ -191,14 +246,21 @@ def test_counts():
 
 def test_seeds_decide_the_weights():
     a, b, c = (ExpertGPT(SMALL, 4, generator=rng(s)).state_dict() for s in (0, 0, 1))
-    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a['transformer.h.0.mlp.experts.3.c_fc.weight'], c['transformer.h.0.mlp.experts.3.c_fc.weight'])
-    assert not torch.equal(a['transformer.h.0.mlp.experts.0.c_fc.weight'], a['transformer.h.0.mlp.experts.1.c_fc.weight'])
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(
+        a['transformer.h.0.mlp.experts.3.c_fc.weight'],
+        c['transformer.h.0.mlp.experts.3.c_fc.weight'],
+    )
+    assert not torch.equal(
+        a['transformer.h.0.mlp.experts.0.c_fc.weight'],
+        a['transformer.h.0.mlp.experts.1.c_fc.weight'],
+    )
 
 
 @pytest.mark.parametrize('k', [1, 2])
 def test_no_expert_works_for_tokens_that_did_not_ask(k):
     module, seen = layer(6, 4, k), []
-    for expert in module.experts: expert.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
+    for expert in module.experts:
+        expert.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
     module(torch.randn(2, 9, 6, generator=rng(), dtype=torch.double))
     assert seen == module.chosen.flatten().bincount(minlength=4).tolist() and sum(seen) == 18 * k
 
@@ -213,13 +275,26 @@ def test_sixteen_bit_inputs_keep_their_type():
     module = Experts(8, 3)
     x = torch.randn(2, 4, 8, generator=rng())
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    with torch.autocast('cpu', torch.bfloat16): assert module.float()(x).dtype == torch.float32
+    with torch.autocast('cpu', torch.bfloat16):
+        assert module.float()(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize('bad, word', [
-    (lambda: Experts(8, 0), 'n_experts=0'), (lambda: Experts(8, 2.0), 'n_experts=2.0'), (lambda: Experts(8, 2, 3), 'top_k=3'), (lambda: Experts(8, 2, 0), 'top_k=0'),
-    (lambda: route(torch.zeros(1, 2), 3), 'n_experts=2'), (lambda: check_experts(4, -1), 'top_k=-1'), (lambda: ExpertGPT(SMALL, -1), 'n_experts=-1'),
-    (lambda: ExpertGPT(SMALL, 2, alpha=-0.1), 'alpha=-0.1'), (lambda: ExpertGPT(SMALL, 2, alpha=float('nan')), 'alpha=nan'), (lambda: Experts(8, 2, activation='tanh'), "activation='tanh'"),
-    (lambda: Experts(8, 2).load, 'chosen')])
+@pytest.mark.parametrize(
+    'bad, word',
+    [
+        (lambda: Experts(8, 0), 'n_experts=0'),
+        (lambda: Experts(8, 2.0), 'n_experts=2.0'),
+        (lambda: Experts(8, 2, 3), 'top_k=3'),
+        (lambda: Experts(8, 2, 0), 'top_k=0'),
+        (lambda: route(torch.zeros(1, 2), 3), 'n_experts=2'),
+        (lambda: check_experts(4, -1), 'top_k=-1'),
+        (lambda: ExpertGPT(SMALL, -1), 'n_experts=-1'),
+        (lambda: ExpertGPT(SMALL, 2, alpha=-0.1), 'alpha=-0.1'),
+        (lambda: ExpertGPT(SMALL, 2, alpha=float('nan')), 'alpha=nan'),
+        (lambda: Experts(8, 2, activation='tanh'), "activation='tanh'"),
+        (lambda: Experts(8, 2).load, 'chosen'),
+    ],
+)
 def test_bad_input_is_named(bad, word):
-    with pytest.raises(ValueError, match=word): bad()
+    with pytest.raises(ValueError, match=word):
+        bad()

@@ -1,4 +1,5 @@
 "Induction: lists against their period, the hand-made circuit against a dictionary, instruments against heads that are known."
+
 import itertools
 
 import pytest
@@ -6,31 +7,60 @@ import torch
 from torch import nn
 
 from transformer_course.gpt import GPT, GPTConfig
-from transformer_course.induction import (Silent, ablate, attention_maps, attention_only, composition, head_matrices, head_scores, induction_by_hand,
-                                          repeat_accuracy, repeated, steepest_drop)
+from transformer_course.experiments.induction import (
+    Silent,
+    ablate,
+    attention_maps,
+    attention_only,
+    composition,
+    head_matrices,
+    head_scores,
+    induction_by_hand,
+    repeat_accuracy,
+    repeated,
+    steepest_drop,
+)
 
 V = 12
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def some_model(position='rotary', n_layer=2, n_head=2, mlp=False, **changes):
     "Random weights large enough for attention to be far from even."
-    config = GPTConfig(block_size=16, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=16, position=position, norm='plain', bias=False, tie_weights=False, **changes)
+    config = GPTConfig(
+        block_size=16,
+        vocab_size=V,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=16,
+        position=position,
+        norm='plain',
+        bias=False,
+        tie_weights=False,
+        **changes,
+    )
     model = GPT(config, rng()) if mlp else attention_only(config, rng())
     g = rng(1)
-    for p in model.parameters(): nn.init.normal_(p, std=0.4, generator=g)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4, generator=g)
     return model.eval()
 
 
-def some_ids(n=5, length=13, periods=(3, 6), seed=0, distinct=True): return repeated(n, length, V, periods, rng(seed), distinct)
+def some_ids(n=5, length=13, periods=(3, 6), seed=0, distinct=True):
+    return repeated(n, length, V, periods, rng(seed), distinct)
 
 
 @pytest.mark.parametrize('distinct', [True, False])
 def test_lists_repeat_with_their_period(distinct):
     ids, period = repeated(400, 30, V, (4, 9), rng(), distinct)
-    assert ids.shape == (400, 30) and sorted(set(period.tolist())) == list(range(4, 10)) and set(ids.flatten().tolist()) == set(range(V))
+    assert (
+        ids.shape == (400, 30)
+        and sorted(set(period.tolist())) == list(range(4, 10))
+        and set(ids.flatten().tolist()) == set(range(V))
+    )
     t = torch.arange(30)
     assert torch.equal(ids, ids.gather(1, t % period[:, None]))
     doubles = sum(len(set(row[:p])) < p for row, p in zip(ids.tolist(), period.tolist()))
@@ -43,12 +73,22 @@ def test_lists_depend_on_the_generator_alone():
     one = some_ids()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(5)
-    assert all(torch.equal(a, b) for a, b in zip(one, some_ids())) and not torch.equal(one[0], some_ids(seed=1)[0])
+    assert all(torch.equal(a, b) for a, b in zip(one, some_ids())) and not torch.equal(
+        one[0], some_ids(seed=1)[0]
+    )
 
 
-@pytest.mark.parametrize('kw, word', [(dict(periods=(0, 3)), 'at least 1'), (dict(periods=(5, 4)), 'shortest'), (dict(periods=(3, V + 1)), 'distinct=False')])
+@pytest.mark.parametrize(
+    'kw, word',
+    [
+        (dict(periods=(0, 3)), 'at least 1'),
+        (dict(periods=(5, 4)), 'shortest'),
+        (dict(periods=(3, V + 1)), 'distinct=False'),
+    ],
+)
 def test_impossible_lists(kw, word):
-    with pytest.raises(ValueError, match=word): repeated(2, 9, V, generator=rng(), **kw)
+    with pytest.raises(ValueError, match=word):
+        repeated(2, 9, V, generator=rng(), **kw)
 
 
 def test_a_list_longer_than_the_alphabet_needs_doubles():
@@ -66,12 +106,16 @@ def test_accuracy_counts_the_second_round_only():
 
 
 def test_by_hand_on_every_sequence():
-    model, every = induction_by_hand(3, 7), torch.tensor(list(itertools.product(range(3), repeat=7)))
+    model, every = (
+        induction_by_hand(3, 7),
+        torch.tensor(list(itertools.product(range(3), repeat=7))),
+    )
     guess, checked = model(every)[0].argmax(-1).tolist(), 0
     for row, out in zip(every.tolist(), guess):
         after = {}
         for t, token in enumerate(row):
-            if t: after[row[t - 1]] = token
+            if t:
+                after[row[t - 1]] = token
             if token in after:
                 checked += 1
                 assert out[t] == after[token], (row, t)
@@ -88,7 +132,11 @@ def test_by_hand_is_causal_and_sure():
 
 
 def test_by_hand_does_not_care_which_symbol_is_which():
-    model, (ids, _), names = induction_by_hand(V, 13), some_ids(), torch.randperm(V, generator=rng(4))
+    model, (ids, _), names = (
+        induction_by_hand(V, 13),
+        some_ids(),
+        torch.randperm(V, generator=rng(4)),
+    )
     torch.testing.assert_close(model(names[ids])[0][..., names], model(ids)[0])
 
 
@@ -97,7 +145,8 @@ def test_silent_models_are_attention_and_addition():
     assert all(isinstance(b.mlp, Silent) for b in model.transformer.h)
     assert not any('mlp' in name or 'ln_2' in name for name, _ in model.named_parameters())
     x = model.embed_norm(model.transformer.wte(ids))
-    for block in model.transformer.h: x = x + block.attn(block.ln_1(x), rotary=model.rotary)
+    for block in model.transformer.h:
+        x = x + block.attn(block.ln_1(x), rotary=model.rotary)
     torch.testing.assert_close(model.lm_head(model.transformer.ln_f(x)), model(ids)[0])
 
 
@@ -114,13 +163,16 @@ def test_maps_are_what_attention_uses(position, mlp):
     attn.c_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(ids)
     _, _, v = attn.heads(seen[0])
-    torch.testing.assert_close((maps[1] @ v).transpose(1, 2).flatten(2), seen[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (maps[1] @ v).transpose(1, 2).flatten(2), seen[1], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_maps_leave_no_hooks():
     model = some_model()
     attention_maps(model, some_ids()[0])
-    with pytest.raises(ValueError): attention_maps(model, torch.tensor([[V]]))
+    with pytest.raises(ValueError):
+        attention_maps(model, torch.tensor([[V]]))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -129,7 +181,11 @@ def test_scores_against_loops():
     w, (previous, prefix) = attention_maps(model, ids), head_scores(model, ids, period)
     for l, h in itertools.product(range(2), range(2)):
         before = [w[l, b, h, t, t - 1].item() for b in range(5) for t in range(1, 13)]
-        copies = [sum(w[l, b, h, t, j + 1].item() for j in range(t) if (t - j) % p == 0) for b, p in enumerate(period.tolist()) for t in range(p, 13)]
+        copies = [
+            sum(w[l, b, h, t, j + 1].item() for j in range(t) if (t - j) % p == 0)
+            for b, p in enumerate(period.tolist())
+            for t in range(p, 13)
+        ]
         assert previous[l, h].item() == pytest.approx(sum(before) / len(before), abs=1e-5)
         assert prefix[l, h].item() == pytest.approx(sum(copies) / len(copies), abs=1e-5)
 
@@ -140,7 +196,8 @@ def test_cutting_nothing_and_everything(position, layer):
     model, ids = some_model(position, n_layer=3), some_ids()[0]
     torch.testing.assert_close(ablate(model, ids, layer, ''), model(ids)[0], atol=1e-4, rtol=1e-4)
     cut = ablate(model, ids, layer)
-    with torch.no_grad(): model.transformer.h[layer].attn.c_proj.weight.zero_()
+    with torch.no_grad():
+        model.transformer.h[layer].attn.c_proj.weight.zero_()
     torch.testing.assert_close(cut, model(ids)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -153,7 +210,8 @@ def test_nothing_above_the_last_layer_reads_it():
 def test_each_way_is_a_way_of_its_own():
     model, ids = some_model(), some_ids()[0]
     logits = [ablate(model, ids, 0, cut) for cut in ('', 'q', 'k', 'v', 'r')]
-    for a, b in itertools.combinations(logits, 2): assert (a - b).abs().max() > 1e-3
+    for a, b in itertools.combinations(logits, 2):
+        assert (a - b).abs().max() > 1e-3
 
 
 def test_the_mean_is_kept():
@@ -162,39 +220,63 @@ def test_the_mean_is_kept():
     x = model.transformer.wte(ids)
     x = x + model.transformer.h[0].attn(model.transformer.h[0].ln_1(x), rotary=model.rotary)
     mean = block.attn(block.ln_1(x), rotary=model.rotary).mean((0, 1))
-    torch.testing.assert_close(ablate(model, ids, 1, fill='mean'), model.lm_head(model.transformer.ln_f(x + mean)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ablate(model, ids, 1, fill='mean'),
+        model.lm_head(model.transformer.ln_f(x + mean)),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_bad_cuts():
     ids = some_ids()[0]
-    with pytest.raises(ValueError, match='qkvr'): ablate(some_model(), ids, 0, 'x')
-    with pytest.raises(ValueError, match='mean'): ablate(some_model(), ids, 0, 'q', fill='median')
-    with pytest.raises(ValueError, match='attention_only'): ablate(some_model(mlp=True), ids)
-    with pytest.raises(ValueError, match='layer=2'): ablate(some_model(), ids, 2)
+    with pytest.raises(ValueError, match='qkvr'):
+        ablate(some_model(), ids, 0, 'x')
+    with pytest.raises(ValueError, match='mean'):
+        ablate(some_model(), ids, 0, 'q', fill='median')
+    with pytest.raises(ValueError, match='attention_only'):
+        ablate(some_model(mlp=True), ids)
+    with pytest.raises(ValueError, match='layer=2'):
+        ablate(some_model(), ids, 2)
 
 
 @pytest.mark.parametrize('position', ['learned', 'rotary'])
 @pytest.mark.parametrize('head', [0, 1])
 def test_matrices_give_the_scores(position, head):
-    attn, x = (model := some_model(position)).transformer.h[1].attn, torch.randn(1, 9, 16, generator=rng(2))
+    attn, x = (
+        (model := some_model(position)).transformer.h[1].attn,
+        torch.randn(1, 9, 16, generator=rng(2)),
+    )
     q, k, v = attn.heads(x, rotary=model.rotary)
     for t, s in ((8, 8), (8, 1), (5, 2)):
         qk, ov = head_matrices(model, 1, head, t - s)
-        torch.testing.assert_close(q[0, head, t] @ k[0, head, s], x[0, t] @ qk @ x[0, s], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            q[0, head, t] @ k[0, head, s], x[0, t] @ qk @ x[0, s], atol=1e-4, rtol=1e-4
+        )
     rows = slice(8 * head, 8 * head + 8)
-    torch.testing.assert_close(attn.c_proj.weight[:, rows] @ v[0, head, 3], ov @ x[0, 3], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        attn.c_proj.weight[:, rows] @ v[0, head, 3], ov @ x[0, 3], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_orthogonal_maps_compose_at_chance():
     model = some_model('learned', n_head=1)
     for block in model.transformer.h:
-        for w in (*block.attn.c_attn.weight.chunk(3), block.attn.c_proj.weight): nn.init.orthogonal_(w, generator=rng(w.shape[0]))
-    for way, score in composition(model).items(): assert score == pytest.approx(16 ** -0.5, abs=1e-4), way
+        for w in (*block.attn.c_attn.weight.chunk(3), block.attn.c_proj.weight):
+            nn.init.orthogonal_(w, generator=rng(w.shape[0]))
+    for way, score in composition(model).items():
+        assert score == pytest.approx(16**-0.5, abs=1e-4), way
 
 
 def test_steepest_drop():
     stairs = [3.0] * 5 + [1.0] * 5
-    assert steepest_drop(stairs, 1) == 4 and steepest_drop([s + 7 for s in stairs], 1) == 4 and steepest_drop([9 * s for s in stairs], 1) == 4
-    for width in (2, 4, 6): assert 2 <= steepest_drop(stairs, width) <= 7
+    assert (
+        steepest_drop(stairs, 1) == 4
+        and steepest_drop([s + 7 for s in stairs], 1) == 4
+        and steepest_drop([9 * s for s in stairs], 1) == 4
+    )
+    for width in (2, 4, 6):
+        assert 2 <= steepest_drop(stairs, width) <= 7
     for width in (0, 10):
-        with pytest.raises(ValueError, match=f'width={width}'): steepest_drop(stairs, width)
+        with pytest.raises(ValueError, match=f'width={width}'):
+            steepest_drop(stairs, width)

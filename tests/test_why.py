@@ -1,4 +1,5 @@
 "Why it works: compiled programs against Python, gradients and paths against hand calculation, windows against masks."
+
 import random
 from itertools import product
 
@@ -11,14 +12,30 @@ from torch import nn
 from transformer_course.attention import causal_mask, scaled_dot_product_attention
 from transformer_course.before import RecurrentLanguageModel
 from transformer_course.gpt import GPT, GPTConfig
-from transformer_course.programs import Program, Selector, compile_program, layout, run_program, schedule
+from transformer_course.experiments.programs import (
+    Program,
+    Selector,
+    compile_program,
+    layout,
+    run_program,
+    schedule,
+)
 from transformer_course.scaling import saved_bytes
-from transformer_course.why import chrono_init, critical_path, input_gradient, needle, readings, recall, windowed_attention
+from transformer_course.experiments.why import (
+    chrono_init,
+    critical_path,
+    input_gradient,
+    needle,
+    readings,
+    recall,
+    windowed_attention,
+)
 
 thorough = settings(deadline=None, derandomize=True, max_examples=25)
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def sorter(chars='0123', length=6):
@@ -35,12 +52,15 @@ SORTER = compile_program(SORT, 'sorted')
 
 @thorough
 @given(st.text('0123', min_size=1, max_size=6))
-def test_sort_is_sorted(text): assert run_program(SORTER, SORT, 'sorted', text) == sorted(text)
+def test_sort_is_sorted(text):
+    assert run_program(SORTER, SORT, 'sorted', text) == sorted(text)
 
 
 def test_logits_of_a_program_are_ones_and_zeros():
     logits = SORTER(torch.tensor([[0, 4, 1, 2, 2, 3]]))[0][0, 1:]
-    assert (logits - logits.round()).abs().max() < 1e-12 and (logits.sum(-1) - 1).abs().max() < 1e-12
+    assert (logits - logits.round()).abs().max() < 1e-12 and (
+        logits.sum(-1) - 1
+    ).abs().max() < 1e-12
 
 
 def test_programs_survive_float32():
@@ -52,16 +72,27 @@ def test_programs_survive_float32():
 def test_program_is_a_gpt_that_round_trips_through_its_state_dict():
     other = GPT(SORTER.config).double()
     other.load_state_dict(SORTER.state_dict())
-    for block in other.transformer.h: block.attn.causal = False
+    for block in other.transformer.h:
+        block.attn.causal = False
     assert run_program(other, SORT, 'sorted', '3120') == ['0', '1', '2', '3']
-    for block in other.transformer.h: block.attn.causal = True
+    for block in other.transformer.h:
+        block.attn.causal = True
     assert run_program(other, SORT, 'sorted', '3120') != ['0', '1', '2', '3']
 
 
-@pytest.mark.parametrize('damage', [lambda m: m.transformer.h[0].mlp, lambda m: m.transformer.h[1].attn, lambda m: m.transformer.h[1].mlp, lambda m: m.transformer.h[2].attn])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda m: m.transformer.h[0].mlp,
+        lambda m: m.transformer.h[1].attn,
+        lambda m: m.transformer.h[1].mlp,
+        lambda m: m.transformer.h[2].attn,
+    ],
+)
 def test_every_part_of_the_sorter_is_needed(damage):
     model = compile_program(SORT, 'sorted')
-    for p in damage(model).parameters(): p.data.zero_()
+    for p in damage(model).parameters():
+        p.data.zero_()
     assert run_program(model, SORT, 'sorted', '3120') != ['0', '1', '2', '3']
 
 
@@ -71,14 +102,18 @@ def test_causal_counts_look_back_only(text):
     p = Program('ab', 7, causal=True)
     p.count('n', Selector('token', 'token', lambda mine, other: other == 'a'))
     model = compile_program(p, 'n')
-    assert run_program(model, p, 'n', text) == [text[:i + 1].count('a') for i in range(len(text))]
+    assert run_program(model, p, 'n', text) == [text[: i + 1].count('a') for i in range(len(text))]
 
 
 def test_nobody_selected_leaves_the_register_empty():
     p = Program('ab', 3)
     p.aggregate('other', Selector('token', 'token', lambda mine, other: False), 'token')
     p.apply('seen', ('other',), lambda c: c * 2)
-    assert run_program(compile_program(p, 'other'), p, 'other', 'aba') == run_program(compile_program(p, 'seen'), p, 'seen', 'aba') == [None] * 3
+    assert (
+        run_program(compile_program(p, 'other'), p, 'other', 'aba')
+        == run_program(compile_program(p, 'seen'), p, 'seen', 'aba')
+        == [None] * 3
+    )
 
 
 def test_layout_has_no_overlaps():
@@ -87,20 +122,35 @@ def test_layout_has_no_overlaps():
     assert [len(b) for b in schedule(SORT)[0]] == [1, 1, 1]
 
 
-@pytest.mark.parametrize('bad, word', [
-    (lambda: Program('', 3), "chars=''"), (lambda: Program('aba', 3), "chars='aba'"), (lambda: Program('ab', 0), 'length=0'),
-    (lambda: Program('ab', 3).apply('x', ('nothing',), len), "'nothing'"), (lambda: Program('ab', 3).count('token', Selector('token', 'token', max)), "'token'"),
-    (lambda: compile_program(SORT, 'rang'), "output='rang'"), (lambda: run_program(SORTER, SORT, 'sorted', ''), "text=''"),
-    (lambda: run_program(SORTER, SORT, 'sorted', '0000000'), '8 tokens'), (lambda: needle(0, 1, rng()), 'distance=0'), (lambda: recall(1, rng(), pairs=8), 'pairs=8'),
-    (lambda: chrono_init(nn.LSTM(2, 2), 1, rng()), 'longest=1'), (lambda: critical_path(torch.ones(1)), 'grad_fn'),
-    (lambda: windowed_attention(*[torch.ones(6, 2)] * 3, 4), 'window=4'), (lambda: windowed_attention(*[torch.ones(6, 2)] * 3, 0), 'window=0')])
+@pytest.mark.parametrize(
+    'bad, word',
+    [
+        (lambda: Program('', 3), "chars=''"),
+        (lambda: Program('aba', 3), "chars='aba'"),
+        (lambda: Program('ab', 0), 'length=0'),
+        (lambda: Program('ab', 3).apply('x', ('nothing',), len), "'nothing'"),
+        (lambda: Program('ab', 3).count('token', Selector('token', 'token', max)), "'token'"),
+        (lambda: compile_program(SORT, 'rang'), "output='rang'"),
+        (lambda: run_program(SORTER, SORT, 'sorted', ''), "text=''"),
+        (lambda: run_program(SORTER, SORT, 'sorted', '0000000'), '8 tokens'),
+        (lambda: needle(0, 1, rng()), 'distance=0'),
+        (lambda: recall(1, rng(), pairs=8), 'pairs=8'),
+        (lambda: chrono_init(nn.LSTM(2, 2), 1, rng()), 'longest=1'),
+        (lambda: critical_path(torch.ones(1)), 'grad_fn'),
+        (lambda: windowed_attention(*[torch.ones(6, 2)] * 3, 4), 'window=4'),
+        (lambda: windowed_attention(*[torch.ones(6, 2)] * 3, 0), 'window=0'),
+    ],
+)
 def test_bad_input_is_named(bad, word):
-    with pytest.raises(ValueError, match=word.replace('(', r'\(')): bad()
+    with pytest.raises(ValueError, match=word.replace('(', r'\(')):
+        bad()
 
 
 def test_tasks_repeat_with_the_seed():
     for task in (lambda g: needle(9, 4, g), lambda g: recall(4, g)):
-        assert all(map(torch.equal, task(rng(3)), task(rng(3)))) and not torch.equal(task(rng(3))[0], task(rng(4))[0])
+        assert all(map(torch.equal, task(rng(3)), task(rng(3)))) and not torch.equal(
+            task(rng(3))[0], task(rng(4))[0]
+        )
 
 
 def test_recall_asks_only_what_can_be_known():
@@ -120,7 +170,7 @@ def test_input_gradient_is_autograds_on_the_embedding():
     x, y = needle(6, 1, rng())
     e = model.embed(x).detach().requires_grad_()
     loss = nn.functional.cross_entropy(model.out(model.rnn(e)[0])[0, -1:], y[0, -1:])
-    expected, = torch.autograd.grad(loss, e)
+    (expected,) = torch.autograd.grad(loss, e)
     torch.testing.assert_close(input_gradient(model, model.embed, x, y), expected[0].norm(dim=-1))
     assert not model.embed._forward_hooks
 
@@ -130,11 +180,18 @@ def test_chrono_gates_are_within_the_asked_times():
     rnn = nn.LSTM(4, 300)
     chrono_init(rnn, 50, rng())
     i, f, *rest = (rnn.bias_ih_l0 + rnn.bias_hh_l0).detach().chunk(4)
-    assert 1 <= f.exp().min() < 4 and 45 < f.exp().max() <= 49 and torch.equal(i, -f) and not any(r.any() for r in rest)
+    assert (
+        1 <= f.exp().min() < 4
+        and 45 < f.exp().max() <= 49
+        and torch.equal(i, -f)
+        and not any(r.any() for r in rest)
+    )
 
 
 def test_readings_agree_with_models_without_a_block():
-    config = GPTConfig(block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=16, position='rotary')
+    config = GPTConfig(
+        block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=16, position='rotary'
+    )
     model, x, y = GPT(config, rng()), *torch.randint(5, (2, 3, 8), generator=rng(1))
     lens, cost = readings(model, x, y)
     for k in range(3):
@@ -142,15 +199,19 @@ def test_readings_agree_with_models_without_a_block():
         del other.transformer.h[k]
         torch.testing.assert_close(lens[-1].mean() + cost[k].mean(), other(x, y)[1].detach())
         del other.transformer.h[k:]
-        if k: torch.testing.assert_close(lens[k].mean(), other(x, y)[1].detach())
+        if k:
+            torch.testing.assert_close(lens[k].mean(), other(x, y)[1].detach())
 
 
 def test_critical_path_of_a_loop_grows_by_its_body():
     w = torch.ones(2, requires_grad=True)
+
     def chain(n):
         h = w
-        for _ in range(n): h = (h * w).tanh()
+        for _ in range(n):
+            h = (h * w).tanh()
         return critical_path(h)
+
     assert [chain(n) for n in (1, 2, 50)] == [3, 5, 101]
 
 
@@ -165,7 +226,9 @@ def test_window_equals_a_banded_mask_and_stays_causal(sizes, seed):
     T, W = sizes
     q, k, v = (torch.randn(2, T, 4, generator=rng(seed + i), dtype=torch.double) for i in range(3))
     out = windowed_attention(q, k, v, W)
-    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, causal_mask(T) & ~causal_mask(T).tril(-W)))
+    torch.testing.assert_close(
+        out, scaled_dot_product_attention(q, k, v, causal_mask(T) & ~causal_mask(T).tril(-W))
+    )
     at = random.Random(seed).randrange(T)
     v[:, at] += 1
     moved = (windowed_attention(q, k, v, W) - out).abs().amax((0, 2)) > 0

@@ -5,42 +5,60 @@
 
 Hidden and exported cells are left out, outputs are kept, and links are made right for a file in the repository's root.
 """
+
 import argparse, base64, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = re.compile(r'^#\|\s*(hide|export|exports|exporti|default_exp)\b|^#\|\s*include:\s*false', re.M)
+HIDDEN = re.compile(
+    r'^#\|\s*(hide|export|exports|exporti|default_exp)\b|^#\|\s*include:\s*false', re.M
+)
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 ANSI = re.compile(r'\x1b\[[\d;]*m')
 
 
 def relink(text):
     "Markdown written in nbs/ with its relative links and images pointing from the root."
+
     def path(target):
-        if re.match(r'[a-zA-Z][\w+.-]*:|#|//|/', target): return target
+        if re.match(r'[a-zA-Z][\w+.-]*:|#|//|/', target):
+            return target
         return target[3:] if target.startswith('../') else f'nbs/{target}'
+
     text = re.sub(r'(\]\()([^)\s]+)', lambda m: m[1] + path(m[2]), text)
-    return re.sub(r'(<(?:img|source)\b[^>]*?\b(?:src|srcset)=")([^"]+)|(<a\b[^>]*?\bhref=")([^"]+)',
-                  lambda m: (m[1] or m[3]) + path(m[2] or m[4]), text)
+    return re.sub(
+        r'(<(?:img|source)\b[^>]*?\b(?:src|srcset)=")([^"]+)|(<a\b[^>]*?\bhref=")([^"]+)',
+        lambda m: (m[1] or m[3]) + path(m[2] or m[4]),
+        text,
+    )
 
 
 def outside_code(text, change):
     "Apply `change` to Markdown, but not inside fenced code."
-    return ''.join(part if part.startswith('```') else change(part) for part in re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S))
+    return ''.join(
+        part if part.startswith('```') else change(part)
+        for part in re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S)
+    )
 
 
 def output(out, files):
     "Markdown for one output of a cell; pictures are added to `files`."
-    if out['output_type'] == 'stream': return f"```\n{ANSI.sub('', ''.join(out['text'])).rstrip()}\n```"
-    if out['output_type'] == 'error': raise SystemExit('build_readme: nbs/index.ipynb holds an error; execute it first')
-    data = {kind: ''.join(value) if isinstance(value, list) else value for kind, value in out['data'].items()}
+    if out['output_type'] == 'stream':
+        return f"```\n{ANSI.sub('', ''.join(out['text'])).rstrip()}\n```"
+    if out['output_type'] == 'error':
+        raise SystemExit('build_readme: nbs/index.ipynb holds an error; execute it first')
+    data = {
+        kind: ''.join(value) if isinstance(value, list) else value
+        for kind, value in out['data'].items()
+    }
     for kind, ending in (('image/svg+xml', 'svg'), ('image/png', 'png')):
         if kind in data:
             name = f'README_files/figure-{len(files) + 1}.{ending}'
             files[name] = data[kind].encode() if ending == 'svg' else base64.b64decode(data[kind])
             return f'![]({name})'
     for kind in ('text/markdown', 'text/html'):
-        if kind in data: return relink(data[kind]).strip()
+        if kind in data:
+            return relink(data[kind]).strip()
     return f"```\n{data['text/plain'].rstrip()}\n```" if 'text/plain' in data else ''
 
 
@@ -49,32 +67,52 @@ def readme(nb):
     parts, files = [], {}
     for cell in nb['cells']:
         source = ''.join(cell['source']).strip()
-        if cell['cell_type'] == 'markdown': parts.append(outside_code(source, relink))
-        if cell['cell_type'] != 'code' or HIDDEN.search(source): continue
+        if cell['cell_type'] == 'markdown':
+            parts.append(outside_code(source, relink))
+        if cell['cell_type'] != 'code' or HIDDEN.search(source):
+            continue
         code = DIRECTIVE.sub('', source).strip()
-        if code and not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
+        if code and not re.search(r'^#\|\s*echo:\s*false', source, re.M):
+            parts.append(f'```python\n{code}\n```')
         parts += [output(o, files) for o in cell['outputs']]
     return '\n\n'.join(p for p in parts if p) + '\n', files
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if README.md is out of date')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--check', action='store_true', help='write nothing; exit 1 if README.md is out of date'
+    )
     args = parser.parse_args()
-    index = ROOT/'nbs'/'index.ipynb'
-    if not index.exists(): sys.exit('build_readme: there is no nbs/index.ipynb to make README.md from')
+    index = ROOT / 'nbs' / 'index.ipynb'
+    if not index.exists():
+        sys.exit('build_readme: there is no nbs/index.ipynb to make README.md from')
     text, files = readme(json.loads(index.read_text(encoding='utf-8')))
     wanted = {'README.md': text.encode(), **files}
-    present = {f'README_files/{p.name}' for p in (ROOT/'README_files').glob('figure-*')}
-    stale = [n for n, data in wanted.items() if not (ROOT/n).exists() or (ROOT/n).read_bytes() != data] + sorted(present - set(wanted))
+    present = {f'README_files/{p.name}' for p in (ROOT / 'README_files').glob('figure-*')}
+    stale = [
+        n
+        for n, data in wanted.items()
+        if not (ROOT / n).exists() or (ROOT / n).read_bytes() != data
+    ] + sorted(present - set(wanted))
     if args.check:
-        if stale: sys.exit(f'build_readme: {", ".join(stale)} out of date; run `python tools/build_readme.py`')
+        if stale:
+            sys.exit(
+                f'build_readme: {", ".join(stale)} out of date; run `python tools/build_readme.py`'
+            )
         return
-    for name in present - set(wanted): (ROOT/name).unlink()
+    for name in present - set(wanted):
+        (ROOT / name).unlink()
     for name in set(stale) & set(wanted):
-        (ROOT/name).parent.mkdir(exist_ok=True)
-        (ROOT/name).write_bytes(wanted[name])
-    print(f'README.md: {len(text.splitlines())} lines, {len(files)} pictures' + ('' if stale else ', unchanged'))
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_bytes(wanted[name])
+    print(
+        f'README.md: {len(text.splitlines())} lines, {len(files)} pictures'
+        + ('' if stale else ', unchanged')
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

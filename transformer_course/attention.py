@@ -13,53 +13,70 @@ from torch import Tensor, nn
 
 # %% ../nbs/03_attention.ipynb #9d691ba6
 def attention_weights(
-    q:Tensor,               # (..., T, D) what each query looks for
-    k:Tensor,               # (..., S, D) what each key has to offer
-    mask:Tensor|None=None,  # broadcast to (..., T, S): bool, True = may look; or float, added to the scores
-    scale:float|None=None,  # factor on the scores; default 1/sqrt(D)
-)->Tensor:                  # (..., T, S), rows sum to one (to zero where a row may look nowhere)
+    q: Tensor,  # (..., T, D) what each query looks for
+    k: Tensor,  # (..., S, D) what each key has to offer
+    mask: Tensor
+    | None = None,  # broadcast to (..., T, S): bool, True = may look; or float, added to the scores
+    scale: float | None = None,  # factor on the scores; default 1/sqrt(D)
+) -> Tensor:  # (..., T, S), rows sum to one (to zero where a row may look nowhere)
     "softmax(q @ k.T / sqrt(D)): how much each query listens to each key (Vaswani 2017, arXiv 1706.03762, section 3.2.1)."
-    if q.shape[-1] != k.shape[-1]: raise ValueError(f'q has head size {q.shape[-1]} and k has {k.shape[-1]}: queries and keys must have the same size D')
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f'q has head size {q.shape[-1]} and k has {k.shape[-1]}: queries and keys must have the same size D'
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q @ k.mT * scale                        # (..., T, D) @ (..., D, S) -> (..., T, S)
-    if mask is None: return scores.softmax(-1)
-    if mask.dtype != torch.bool: mask, scores = mask > -math.inf, scores + mask.masked_fill(mask == -math.inf, 0.0)
-    deaf = ~mask.any(-1, keepdim=True)               # (..., T, 1): a row that may look nowhere would be 0/0 = nan
+    scores = q @ k.mT * scale  # (..., T, D) @ (..., D, S) -> (..., T, S)
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype != torch.bool:
+        mask, scores = mask > -math.inf, scores + mask.masked_fill(mask == -math.inf, 0.0)
+    deaf = ~mask.any(
+        -1, keepdim=True
+    )  # (..., T, 1): a row that may look nowhere would be 0/0 = nan
     return scores.masked_fill(~(mask | deaf), -math.inf).softmax(-1).masked_fill(~mask, 0.0)
 
 # %% ../nbs/03_attention.ipynb #887a3531
 def scaled_dot_product_attention(
-    q:Tensor,               # (..., T, D)
-    k:Tensor,               # (..., S, D)
-    v:Tensor,               # (..., S, Dv) what each key will say
-    mask:Tensor|None=None,  # broadcast to (..., T, S): bool, True = may look; or float, added to the scores
-    scale:float|None=None,  # factor on the scores; default 1/sqrt(D)
-)->Tensor:                  # (..., T, Dv)
+    q: Tensor,  # (..., T, D)
+    k: Tensor,  # (..., S, D)
+    v: Tensor,  # (..., S, Dv) what each key will say
+    mask: Tensor
+    | None = None,  # broadcast to (..., T, S): bool, True = may look; or float, added to the scores
+    scale: float | None = None,  # factor on the scores; default 1/sqrt(D)
+) -> Tensor:  # (..., T, Dv)
     "Each query's weighted mean of the values; equals `torch.nn.functional.scaled_dot_product_attention`."
-    if k.shape[-2] != v.shape[-2]: raise ValueError(f'k has {k.shape[-2]} rows and v has {v.shape[-2]}: every key needs one value')
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f'k has {k.shape[-2]} rows and v has {v.shape[-2]}: every key needs one value'
+        )
     return attention_weights(q, k, mask, scale) @ v  # (..., T, S) @ (..., S, Dv) -> (..., T, Dv)
 
 # %% ../nbs/03_attention.ipynb #0fabff5c
 def causal_mask(
-    T:int,                              # number of queries
-    S:int|None=None,                    # number of keys; the queries are the last T of them (default: S = T)
-    device:str|torch.device|None=None,  # where the mask is put
-)->Tensor:                              # (T, S) bool, True where the query may look
+    T: int,  # number of queries
+    S: int | None = None,  # number of keys; the queries are the last T of them (default: S = T)
+    device: str | torch.device | None = None,  # where the mask is put
+) -> Tensor:  # (T, S) bool, True where the query may look
     "Each token may look at itself and at what came before it, never at the future."
     S = T if S is None else S
-    if S < T: raise ValueError(f'S={S} must be at least T={T}: the queries are the last T of the S keys')
+    if S < T:
+        raise ValueError(f'S={S} must be at least T={T}: the queries are the last T of the S keys')
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 # %% ../nbs/03_attention.ipynb #67cbeeca
 class Head(nn.Module):
     "One causal self-attention head: three linear maps around `scaled_dot_product_attention`."
-    def __init__(self,
-        n_embd:int,    # C, size of the incoming vectors
-        head_size:int, # D, size of queries, keys and values
+
+    def __init__(
+        self,
+        n_embd: int,  # C, size of the incoming vectors
+        head_size: int,  # D, size of queries, keys and values
     ):
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(n_embd, head_size, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (
+            nn.Linear(n_embd, head_size, bias=False) for _ in range(3)
+        )
 
-    def forward(self, x:Tensor)->Tensor: # (B, T, C) -> (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, D)
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, C) -> (B, T, D) each
         return scaled_dot_product_attention(q, k, v, causal_mask(x.shape[-2], device=x.device))

@@ -20,67 +20,82 @@ from .bigram import cross_entropy
 
 # %% ../nbs/02_before.ipynb #ad8814a5
 def gram_codes(
-    ids:Tensor,     # (..., T) token ids
-    vocab_size:int, # V
-    n:int,          # tokens in a gram
-)->Tensor:          # (..., T-n+1) integers, one for each place where n tokens end
+    ids: Tensor,  # (..., T) token ids
+    vocab_size: int,  # V
+    n: int,  # tokens in a gram
+) -> Tensor:  # (..., T-n+1) integers, one for each place where n tokens end
     "Every run of n tokens as one number in base V."
-    if n < 0 or vocab_size ** n > 2 ** 63: raise ValueError(f'n={n} with vocab_size={vocab_size} does not fit into 64 bits: choose n between 0 and {int(63 / math.log2(max(vocab_size, 2)))}')
+    if n < 0 or vocab_size**n > 2**63:
+        raise ValueError(
+            f'n={n} with vocab_size={vocab_size} does not fit into 64 bits: choose n between 0 and {int(63 / math.log2(max(vocab_size, 2)))}'
+        )
     width = max(ids.shape[-1] - n + 1, 0)
     zero = ids.new_zeros(*ids.shape[:-1], width)
-    return sum((ids[..., i:i + width] * vocab_size ** (n - 1 - i) for i in range(n)), zero)
+    return sum((ids[..., i : i + width] * vocab_size ** (n - 1 - i) for i in range(n)), zero)
 
 # %% ../nbs/02_before.ipynb #f17c5a80
 def ngram_table(
-    ids:Tensor,     # (N,) token ids
-    vocab_size:int, # V
-    n:int,          # tokens in a gram, of which n-1 are context
-)->tuple[Tensor, Tensor, Tensor, Tensor]: # contexts (M,), starts (M+1,), nexts (K,), counts (K,)
+    ids: Tensor,  # (N,) token ids
+    vocab_size: int,  # V
+    n: int,  # tokens in a gram, of which n-1 are context
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # contexts (M,), starts (M+1,), nexts (K,), counts (K,)
     "The n-grams of a text in compressed rows: context m has the continuations nexts[starts[m]:starts[m+1]]."
-    keys, counts = gram_codes(ids, vocab_size, n).unique(return_counts=True)              # (K,), sorted
-    contexts, types = (keys // vocab_size).unique_consecutive(return_counts=True)         # (M,)
+    keys, counts = gram_codes(ids, vocab_size, n).unique(return_counts=True)  # (K,), sorted
+    contexts, types = (keys // vocab_size).unique_consecutive(return_counts=True)  # (M,)
     return contexts, torch.cat([types.new_zeros(1), types.cumsum(0)]), keys % vocab_size, counts
 
 # %% ../nbs/02_before.ipynb #a3992672
 def witten_bell(
-    lower:Tensor,                                # (N, V) probabilities given the shorter contexts
-    codes:Tensor,                                # (N,) the contexts as numbers; -1 where there is none
-    table:tuple[Tensor, Tensor, Tensor, Tensor], # from `ngram_table`
-)->Tensor:                                       # (N, V) probabilities, rows sum to one
+    lower: Tensor,  # (N, V) probabilities given the shorter contexts
+    codes: Tensor,  # (N,) the contexts as numbers; -1 where there is none
+    table: tuple[Tensor, Tensor, Tensor, Tensor],  # from `ngram_table`
+) -> Tensor:  # (N, V) probabilities, rows sum to one
     "Mix counts with the shorter context's answer, T(h) parts of it to c(h) counts (Witten and Bell 1991, method C)."
     contexts, starts, nexts, counts = table
-    if not len(contexts): return lower
+    if not len(contexts):
+        return lower
     row = torch.searchsorted(contexts, codes).clamp(max=len(contexts) - 1)
     seen, first = contexts[row] == codes, starts[row]
-    T = torch.where(seen, starts[row + 1] - first, 0)                                  # (N,) different continuations
-    place = torch.arange(len(codes), device=codes.device).repeat_interleave(T)         # (sum of T,)
+    T = torch.where(seen, starts[row + 1] - first, 0)  # (N,) different continuations
+    place = torch.arange(len(codes), device=codes.device).repeat_interleave(T)  # (sum of T,)
     cell = torch.arange(len(place), device=codes.device) - (T.cumsum(0) - T)[place] + first[place]
     c = torch.zeros_like(lower)
-    c[place, nexts[cell]] = counts[cell].to(lower.dtype)                               # (N, V)
+    c[place, nexts[cell]] = counts[cell].to(lower.dtype)  # (N, V)
     T = T[:, None].to(lower.dtype)
-    return torch.where(seen[:, None], (c + T * lower) / (c.sum(-1, keepdim=True) + T).clamp(min=1), lower)
+    return torch.where(
+        seen[:, None], (c + T * lower) / (c.sum(-1, keepdim=True) + T).clamp(min=1), lower
+    )
 
 # %% ../nbs/02_before.ipynb #0e1da1a3
 class NGram(nn.Module):
     "Interpolated Witten-Bell n-grams: `model(idx, targets) -> (logits, loss)`, the logits being log-probabilities."
-    def __init__(self,
-        ids:Tensor,     # (N,) the text to count
-        vocab_size:int, # V
-        n:int,          # tokens in the longest gram; n-1 tokens of context
+
+    def __init__(
+        self,
+        ids: Tensor,  # (N,) the text to count
+        vocab_size: int,  # V
+        n: int,  # tokens in the longest gram; n-1 tokens of context
     ):
         super().__init__()
-        if n < 1: raise ValueError(f'n={n} must be at least 1: 1 counts single tokens')
-        if ids.dim() != 1 or not len(ids) or not 0 <= ids.min() <= ids.max() < vocab_size: raise ValueError(f'ids must be one sequence (N,) of numbers from 0 to vocab_size-1={vocab_size - 1}: use the tokenizer that made them')
+        if n < 1:
+            raise ValueError(f'n={n} must be at least 1: 1 counts single tokens')
+        if ids.dim() != 1 or not len(ids) or not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(
+                f'ids must be one sequence (N,) of numbers from 0 to vocab_size-1={vocab_size - 1}: use the tokenizer that made them'
+            )
         self.vocab_size, self.n = vocab_size, n
         self.uniform = nn.Parameter(torch.full((vocab_size,), 1 / vocab_size), requires_grad=False)
         for k in range(n):
-            for i, t in enumerate(ngram_table(ids, vocab_size, k + 1)): self.register_buffer(f'table_{k}_{i}', t)
+            for i, t in enumerate(ngram_table(ids, vocab_size, k + 1)):
+                self.register_buffer(f'table_{k}_{i}', t)
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None)->tuple[Tensor, Tensor|None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
-        p = self.uniform.expand(B * T, -1)                                                           # (B*T, V)
-        for k in range(self.n):                                                                      # k tokens of context
-            codes = F.pad(gram_codes(idx, self.vocab_size, k), (k, 0), value=-1)[:, -T:].flatten()   # -1: too near the start
+        p = self.uniform.expand(B * T, -1)  # (B*T, V)
+        for k in range(self.n):  # k tokens of context
+            codes = F.pad(gram_codes(idx, self.vocab_size, k), (k, 0), value=-1)[
+                :, -T:
+            ].flatten()  # -1: too near the start
             p = witten_bell(p, codes, tuple(getattr(self, f'table_{k}_{i}') for i in range(4)))
         logits = p.log().view(B, T, -1)
         return logits, None if targets is None else cross_entropy(logits, targets)
@@ -88,73 +103,85 @@ class NGram(nn.Module):
 # %% ../nbs/02_before.ipynb #174dc627
 class MLPLanguageModel(nn.Module):
     "The vectors of the last `context` tokens, side by side, through one tanh layer (Bengio 2003, JMLR 3)."
-    def __init__(self,
-        vocab_size:int, # V
-        context:int,    # how many tokens it sees
-        n_embd:int,     # C, numbers per token
-        n_hidden:int,   # tanh units
+
+    def __init__(
+        self,
+        vocab_size: int,  # V
+        context: int,  # how many tokens it sees
+        n_embd: int,  # C, numbers per token
+        n_hidden: int,  # tanh units
     ):
         super().__init__()
-        if context < 1: raise ValueError(f'context={context} must be at least 1: the token that is continued')
+        if context < 1:
+            raise ValueError(f'context={context} must be at least 1: the token that is continued')
         self.context, self.start = context, vocab_size
-        self.embed = nn.Embedding(vocab_size + 1, n_embd)  # one row more: the place before the first token
+        self.embed = nn.Embedding(
+            vocab_size + 1, n_embd
+        )  # one row more: the place before the first token
         self.hidden = nn.Linear(context * n_embd, n_hidden)
         self.out = nn.Linear(n_hidden, vocab_size)
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None)->tuple[Tensor, Tensor|None]:
-        windows = F.pad(idx, (self.context - 1, 0), value=self.start).unfold(1, self.context, 1)  # (B, T) -> (B, T, context)
-        x = self.embed(windows).flatten(2)                                                        # (B, T, context*C)
-        logits = self.out(self.hidden(x).tanh())                                                  # (B, T, V)
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        windows = F.pad(idx, (self.context - 1, 0), value=self.start).unfold(
+            1, self.context, 1
+        )  # (B, T) -> (B, T, context)
+        x = self.embed(windows).flatten(2)  # (B, T, context*C)
+        logits = self.out(self.hidden(x).tanh())  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # %% ../nbs/02_before.ipynb #01f92ff3
 def rnn_cell(
-    x:Tensor,    # (B, C) the present input
-    h:Tensor,    # (B, H) the state so far
-    w_ih:Tensor, # (H, C)
-    w_hh:Tensor, # (H, H)
-    b_ih:Tensor, # (H,)
-    b_hh:Tensor, # (H,)
-)->Tensor:       # (B, H) the new state
+    x: Tensor,  # (B, C) the present input
+    h: Tensor,  # (B, H) the state so far
+    w_ih: Tensor,  # (H, C)
+    w_hh: Tensor,  # (H, H)
+    b_ih: Tensor,  # (H,)
+    b_hh: Tensor,  # (H,)
+) -> Tensor:  # (B, H) the new state
     "One step of a plain recurrent network (Elman 1990); equals `torch.nn.RNNCell`."
     return (x @ w_ih.mT + b_ih + h @ w_hh.mT + b_hh).tanh()
 
 # %% ../nbs/02_before.ipynb #48a210d1
 def lstm_cell(
-    x:Tensor,                    # (B, C) the present input
-    state:tuple[Tensor, Tensor], # h (B, H) what is shown, c (B, H) what is kept
-    w_ih:Tensor,                 # (4H, C) rows for the gates in the order input, forget, new, output
-    w_hh:Tensor,                 # (4H, H)
-    b_ih:Tensor,                 # (4H,)
-    b_hh:Tensor,                 # (4H,)
-)->tuple[Tensor, Tensor]:        # the new h and c
+    x: Tensor,  # (B, C) the present input
+    state: tuple[Tensor, Tensor],  # h (B, H) what is shown, c (B, H) what is kept
+    w_ih: Tensor,  # (4H, C) rows for the gates in the order input, forget, new, output
+    w_hh: Tensor,  # (4H, H)
+    b_ih: Tensor,  # (4H,)
+    b_hh: Tensor,  # (4H,)
+) -> tuple[Tensor, Tensor]:  # the new h and c
     "One step of a long short-term memory (Hochreiter and Schmidhuber 1997); equals `torch.nn.LSTMCell`."
     h, c = state
-    i, f, g, o = (x @ w_ih.mT + b_ih + h @ w_hh.mT + b_hh).chunk(4, -1)  # (B, 4H) -> four times (B, H)
+    i, f, g, o = (x @ w_ih.mT + b_ih + h @ w_hh.mT + b_hh).chunk(
+        4, -1
+    )  # (B, 4H) -> four times (B, H)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 # %% ../nbs/02_before.ipynb #5411221b
 def gru_cell(
-    x:Tensor,    # (B, C) the present input
-    h:Tensor,    # (B, H) the state so far
-    w_ih:Tensor, # (3H, C) rows in the order reset, update, new
-    w_hh:Tensor, # (3H, H)
-    b_ih:Tensor, # (3H,)
-    b_hh:Tensor, # (3H,)
-)->Tensor:       # (B, H) the new state
+    x: Tensor,  # (B, C) the present input
+    h: Tensor,  # (B, H) the state so far
+    w_ih: Tensor,  # (3H, C) rows in the order reset, update, new
+    w_hh: Tensor,  # (3H, H)
+    b_ih: Tensor,  # (3H,)
+    b_hh: Tensor,  # (3H,)
+) -> Tensor:  # (B, H) the new state
     "One step of a gated recurrent unit (Cho 2014, arXiv 1406.1078); equals `torch.nn.GRUCell`."
-    (xr, xz, xn), (hr, hz, hn) = (x @ w_ih.mT + b_ih).chunk(3, -1), (h @ w_hh.mT + b_hh).chunk(3, -1)
+    (xr, xz, xn), (hr, hz, hn) = (
+        (x @ w_ih.mT + b_ih).chunk(3, -1),
+        (h @ w_hh.mT + b_hh).chunk(3, -1),
+    )
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
     return z * h + (1 - z) * (xn + r * hn).tanh()
 
 # %% ../nbs/02_before.ipynb #caa25b42
 def unroll(
-    cell,                   # `rnn_cell`, `lstm_cell` or `gru_cell`
-    x:Tensor,               # (B, T, C)
-    state,                  # what the cell starts from: h, or (h, c)
-    weights:list[Tensor],   # w_ih, w_hh, b_ih, b_hh
-)->Tensor:                  # (B, T, H) the state h after each token
+    cell,  # `rnn_cell`, `lstm_cell` or `gru_cell`
+    x: Tensor,  # (B, T, C)
+    state,  # what the cell starts from: h, or (h, c)
+    weights: list[Tensor],  # w_ih, w_hh, b_ih, b_hh
+) -> Tensor:  # (B, T, H) the state h after each token
     "Walk a cell along the sequence: T steps, each of which has to wait for the one before."
     shown = []
     for x_t in x.unbind(1):
@@ -165,120 +192,177 @@ def unroll(
 # %% ../nbs/02_before.ipynb #d1d9f11c
 class RecurrentLanguageModel(nn.Module):
     "Embedding, a recurrent network, logits (Mikolov 2010): `model(idx, targets) -> (logits, loss)`."
-    def __init__(self,
-        vocab_size:int,     # V
-        n_embd:int,         # C, numbers per token
-        n_hidden:int,       # H, size of the state
-        kind:str='lstm',    # rnn, lstm or gru
+
+    def __init__(
+        self,
+        vocab_size: int,  # V
+        n_embd: int,  # C, numbers per token
+        n_hidden: int,  # H, size of the state
+        kind: str = 'lstm',  # rnn, lstm or gru
     ):
         super().__init__()
         kinds = {'rnn': nn.RNN, 'lstm': nn.LSTM, 'gru': nn.GRU}
-        if kind not in kinds: raise ValueError(f'kind={kind!r} is not known: choose one of {", ".join(kinds)}')
+        if kind not in kinds:
+            raise ValueError(f'kind={kind!r} is not known: choose one of {", ".join(kinds)}')
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.rnn = kinds[kind](n_embd, n_hidden, batch_first=True)
-        if kind == 'lstm': nn.init.ones_(self.rnn.bias_ih_l0.data[n_hidden:2 * n_hidden])  # the forget gate: keep, until told otherwise
+        if kind == 'lstm':
+            nn.init.ones_(
+                self.rnn.bias_ih_l0.data[n_hidden : 2 * n_hidden]
+            )  # the forget gate: keep, until told otherwise
         self.out = nn.Linear(n_hidden, vocab_size)
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None)->tuple[Tensor, Tensor|None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         h, _ = self.rnn(self.embed(idx))  # (B, T) -> (B, T, C) -> (B, T, H)
-        logits = self.out(h)              # (B, T, V)
+        logits = self.out(h)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # %% ../nbs/02_before.ipynb #491e9f2c
 def additive_attention(
-    query:Tensor, # (B, A) what the decoder is about to write, after its linear map
-    keys:Tensor,  # (B, S, A) the encoder's states, after theirs
-    v:Tensor,     # (A,) what makes a score of A numbers
-    mask:Tensor,  # (B, S) bool, True where there is a token, False where there is padding
-)->Tensor:        # (B, S) weights, rows sum to one
+    query: Tensor,  # (B, A) what the decoder is about to write, after its linear map
+    keys: Tensor,  # (B, S, A) the encoder's states, after theirs
+    v: Tensor,  # (A,) what makes a score of A numbers
+    mask: Tensor,  # (B, S) bool, True where there is a token, False where there is padding
+) -> Tensor:  # (B, S) weights, rows sum to one
     "softmax over the source of v . tanh(query + key) (Bahdanau 2015, arXiv 1409.0473)."
-    if query.shape[-1] != keys.shape[-1]: raise ValueError(f'query has size {query.shape[-1]} and keys have {keys.shape[-1]}: map both to the same size A')
-    if not mask.any(-1).all(): raise ValueError('mask has a row without True: every source needs at least one token to look at')
+    if query.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f'query has size {query.shape[-1]} and keys have {keys.shape[-1]}: map both to the same size A'
+        )
+    if not mask.any(-1).all():
+        raise ValueError(
+            'mask has a row without True: every source needs at least one token to look at'
+        )
     scores = (query[:, None] + keys).tanh() @ v  # (B, 1, A) + (B, S, A) -> (B, S)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 # %% ../nbs/02_before.ipynb #e802203b
 class AdditiveAttention(nn.Module):
     "Bahdanau's soft search: two linear maps around `additive_attention`, and the weighted mean of the memory."
-    def __init__(self,
-        n_query:int,  # size of the decoder's state
-        n_memory:int, # M, size of the encoder's states
-        n_hidden:int, # A, hidden units of the score
+
+    def __init__(
+        self,
+        n_query: int,  # size of the decoder's state
+        n_memory: int,  # M, size of the encoder's states
+        n_hidden: int,  # A, hidden units of the score
     ):
         super().__init__()
-        self.query, self.key = nn.Linear(n_query, n_hidden, bias=False), nn.Linear(n_memory, n_hidden)
-        self.v = nn.Parameter(torch.randn(n_hidden) * n_hidden ** -0.5)
+        self.query, self.key = (
+            nn.Linear(n_query, n_hidden, bias=False),
+            nn.Linear(n_memory, n_hidden),
+        )
+        self.v = nn.Parameter(torch.randn(n_hidden) * n_hidden**-0.5)
 
-    def forward(self,
-        state:Tensor,           # (B, n_query)
-        memory:Tensor,          # (B, S, M)
-        mask:Tensor,            # (B, S) bool
-        keys:Tensor|None=None,  # (B, S, A) `self.key(memory)`, where the caller has it already
-    )->tuple[Tensor, Tensor]:   # the context (B, M) and the weights (B, S)
-        weights = additive_attention(self.query(state), self.key(memory) if keys is None else keys, self.v, mask)
+    def forward(
+        self,
+        state: Tensor,  # (B, n_query)
+        memory: Tensor,  # (B, S, M)
+        mask: Tensor,  # (B, S) bool
+        keys: Tensor | None = None,  # (B, S, A) `self.key(memory)`, where the caller has it already
+    ) -> tuple[Tensor, Tensor]:  # the context (B, M) and the weights (B, S)
+        weights = additive_attention(
+            self.query(state), self.key(memory) if keys is None else keys, self.v, mask
+        )
         return (weights[:, None] @ memory)[:, 0], weights  # (B, 1, S) @ (B, S, M) -> (B, M)
 
 # %% ../nbs/02_before.ipynb #0f8875e0
 PAD, END = 0, 1  # the tokens that fill up an input, and that end an output
 
+
 class Encoder(nn.Module):
     "A GRU in both directions over the input: a state for each token, and a summary of all."
-    def __init__(self,
-        vocab_size:int, # V, with PAD and END among them
-        n_embd:int,     # C
-        n_hidden:int,   # H, size of the state in each direction
+
+    def __init__(
+        self,
+        vocab_size: int,  # V, with PAD and END among them
+        n_embd: int,  # C
+        n_hidden: int,  # H, size of the state in each direction
     ):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.rnn = nn.GRU(n_embd, n_hidden, batch_first=True, bidirectional=True)
 
-    def forward(self, src:Tensor)->tuple[Tensor, Tensor, Tensor]: # memory (B, S, 2H), mask (B, S), summary (B, 2H)
+    def forward(
+        self, src: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # memory (B, S, 2H), mask (B, S), summary (B, 2H)
         mask = src != PAD
-        if not mask[:, :1].all() or (mask[:, 1:] & ~mask[:, :-1]).any(): raise ValueError(f'src has an empty row or the padding {PAD} before a token: give each row a token and pad on the right')
-        packed = nn.utils.rnn.pack_padded_sequence(self.embed(src), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-        memory, last = self.rnn(packed)                                                                    # last (2, B, H)
-        memory, _ = nn.utils.rnn.pad_packed_sequence(memory, batch_first=True, total_length=src.shape[1])  # (B, S, 2H)
+        if not mask[:, :1].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(
+                f'src has an empty row or the padding {PAD} before a token: give each row a token and pad on the right'
+            )
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(src), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        memory, last = self.rnn(packed)  # last (2, B, H)
+        memory, _ = nn.utils.rnn.pad_packed_sequence(
+            memory, batch_first=True, total_length=src.shape[1]
+        )  # (B, S, 2H)
         return memory, mask, torch.cat([*last], -1)
 
 # %% ../nbs/02_before.ipynb #e7a5971f
 class Decoder(nn.Module):
     "One output token at a time, from the last one, a state, and a context."
-    def __init__(self,
-        vocab_size:int, # V
-        n_embd:int,     # C
-        n_hidden:int,   # H, size of the state; the encoder's is 2H
-        attention:bool, # the context is searched for (Bahdanau 2015); False: it is the summary (Cho 2014)
+
+    def __init__(
+        self,
+        vocab_size: int,  # V
+        n_embd: int,  # C
+        n_hidden: int,  # H, size of the state; the encoder's is 2H
+        attention: bool,  # the context is searched for (Bahdanau 2015); False: it is the summary (Cho 2014)
     ):
         super().__init__()
-        self.embed, self.bridge = nn.Embedding(vocab_size, n_embd), nn.Linear(2 * n_hidden, n_hidden)
+        self.embed, self.bridge = (
+            nn.Embedding(vocab_size, n_embd),
+            nn.Linear(2 * n_hidden, n_hidden),
+        )
         self.attention = AdditiveAttention(n_hidden, 2 * n_hidden, n_hidden) if attention else None
-        self.cell, self.out = nn.GRUCell(n_embd + 2 * n_hidden, n_hidden), nn.Linear(3 * n_hidden, vocab_size)
+        self.cell, self.out = (
+            nn.GRUCell(n_embd + 2 * n_hidden, n_hidden),
+            nn.Linear(3 * n_hidden, vocab_size),
+        )
 
-    def begin(self, memory:Tensor, mask:Tensor, summary:Tensor)->tuple[Tensor, tuple]: # the first state (B, H), and the source
-        return self.bridge(summary).tanh(), (memory, mask, summary, None if self.attention is None else self.attention.key(memory))
+    def begin(
+        self, memory: Tensor, mask: Tensor, summary: Tensor
+    ) -> tuple[Tensor, tuple]:  # the first state (B, H), and the source
+        return self.bridge(summary).tanh(), (
+            memory,
+            mask,
+            summary,
+            None if self.attention is None else self.attention.key(memory),
+        )
 
-    def forward(self, token:Tensor, state:Tensor, source:tuple)->tuple[Tensor, Tensor, Tensor|None]: # logits (B, V), state (B, H), weights (B, S)
+    def forward(
+        self, token: Tensor, state: Tensor, source: tuple
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # logits (B, V), state (B, H), weights (B, S)
         memory, mask, summary, keys = source
-        context, weights = (summary, None) if self.attention is None else self.attention(state, memory, mask, keys)
+        context, weights = (
+            (summary, None) if self.attention is None else self.attention(state, memory, mask, keys)
+        )
         state = self.cell(torch.cat([self.embed(token), context], -1), state)
         return self.out(torch.cat([state, context], -1)), state, weights
 
 # %% ../nbs/02_before.ipynb #7ff34d03
 class Seq2Seq(nn.Module):
     "Encoder and decoder, joined by one vector (Sutskever 2014; Cho 2014) or by soft search (Bahdanau 2015)."
-    def __init__(self,
-        vocab_size:int,         # V, with PAD and END among them
-        n_embd:int,             # C
-        n_hidden:int,           # H
-        attention:bool=True,    # False: everything goes through one vector
+
+    def __init__(
+        self,
+        vocab_size: int,  # V, with PAD and END among them
+        n_embd: int,  # C
+        n_hidden: int,  # H
+        attention: bool = True,  # False: everything goes through one vector
     ):
         super().__init__()
-        self.encoder, self.decoder = Encoder(vocab_size, n_embd, n_hidden), Decoder(vocab_size, n_embd, n_hidden, attention)
+        self.encoder, self.decoder = (
+            Encoder(vocab_size, n_embd, n_hidden),
+            Decoder(vocab_size, n_embd, n_hidden, attention),
+        )
 
-    def forward(self,
-        src:Tensor,     # (B, S) padded on the right with PAD
-        targets:Tensor, # (B, T) each row ends with END; -1 after that
-    )->tuple[Tensor, Tensor]: # logits (B, T, V), loss
+    def forward(
+        self,
+        src: Tensor,  # (B, S) padded on the right with PAD
+        targets: Tensor,  # (B, T) each row ends with END; -1 after that
+    ) -> tuple[Tensor, Tensor]:  # logits (B, T, V), loss
         state, source = self.decoder.begin(*self.encoder(src))
         steps = []
         for token in F.pad(targets[:, :-1].clamp(min=0), (1, 0), value=END).unbind(1):
@@ -290,10 +374,12 @@ class Seq2Seq(nn.Module):
 # %% ../nbs/02_before.ipynb #49ac3c53
 @torch.no_grad()
 def greedy(
-    model:Seq2Seq,      # trained
-    src:Tensor,         # (B, S) padded on the right with PAD
-    max_new_tokens:int, # write at most this many
-)->tuple[Tensor, Tensor|None]: # tokens (B, max_new_tokens), all END after the first END; weights (B, max_new_tokens, S)
+    model: Seq2Seq,  # trained
+    src: Tensor,  # (B, S) padded on the right with PAD
+    max_new_tokens: int,  # write at most this many
+) -> tuple[
+    Tensor, Tensor | None
+]:  # tokens (B, max_new_tokens), all END after the first END; weights (B, max_new_tokens, S)
     "Write the likeliest token, feed it back in, go on."
     state, source = model.decoder.begin(*model.encoder(src))
     token = src.new_full((len(src),), END)
@@ -307,42 +393,60 @@ def greedy(
     return torch.stack(out, 1), None if weights is None else torch.stack(looked, 1)
 
 # %% ../nbs/02_before.ipynb #7923b0d8
-MONTHS = {'English': 'January February March April May June July August September October November December'.split(),
-          'French': 'janvier février mars avril mai juin juillet août septembre octobre novembre décembre'.split(),
-          'German': 'Januar Februar März April Mai Juni Juli August September Oktober November Dezember'.split(),
-          'Spanish': 'enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre'.split()}
-WEEKDAYS = {'English': 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
-            'French': 'lundi mardi mercredi jeudi vendredi samedi dimanche'.split(),
-            'German': 'Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag'.split(),
-            'Spanish': 'lunes martes miércoles jueves viernes sábado domingo'.split()}
+MONTHS = {
+    'English': 'January February March April May June July August September October November December'.split(),
+    'French': 'janvier février mars avril mai juin juillet août septembre octobre novembre décembre'.split(),
+    'German': 'Januar Februar März April Mai Juni Juli August September Oktober November Dezember'.split(),
+    'Spanish': 'enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre'.split(),
+}
+WEEKDAYS = {
+    'English': 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
+    'French': 'lundi mardi mercredi jeudi vendredi samedi dimanche'.split(),
+    'German': 'Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag'.split(),
+    'Spanish': 'lunes martes miércoles jueves viernes sábado domingo'.split(),
+}
+
 
 def date_forms(
-    day:datetime.date, # the day to write
-)->list[str]:          # each form a person might use and nobody can misread
+    day: datetime.date,  # the day to write
+) -> list[str]:  # each form a person might use and nobody can misread
     "A date as people write it, in four languages and in figures."
     d, m, y = day.day, day.month, day.year
     en, fr, de, es = (names[m - 1] for names in MONTHS.values())
     EN, FR, DE, ES = (names[day.weekday()] for names in WEEKDAYS.values())
-    forms = [f'{d} {en} {y}', f'{en} {d}, {y}', f'{EN}, {d} {en} {y}', f'{d} {en[:3]} {y}',
-             f'le {d} {fr} {y}' if d > 1 else f'le 1er {fr} {y}', f'{FR} {d} {fr} {y}' if d > 1 else f'{FR} 1er {fr} {y}',
-             f'{d}. {de} {y}', f'{DE}, den {d}. {de} {y}', f'{d:02}.{m:02}.{y}',
-             f'{d} de {es} de {y}', f'{ES}, {d} de {es} de {y}']
-    if d > 12 or d == m: forms.append(f'{d:02}/{m:02}/{y}')
-    if d > 12: forms.append(f'{m:02}/{d:02}/{y}')
+    forms = [
+        f'{d} {en} {y}',
+        f'{en} {d}, {y}',
+        f'{EN}, {d} {en} {y}',
+        f'{d} {en[:3]} {y}',
+        f'le {d} {fr} {y}' if d > 1 else f'le 1er {fr} {y}',
+        f'{FR} {d} {fr} {y}' if d > 1 else f'{FR} 1er {fr} {y}',
+        f'{d}. {de} {y}',
+        f'{DE}, den {d}. {de} {y}',
+        f'{d:02}.{m:02}.{y}',
+        f'{d} de {es} de {y}',
+        f'{ES}, {d} de {es} de {y}',
+    ]
+    if d > 12 or d == m:
+        forms.append(f'{d:02}/{m:02}/{y}')
+    if d > 12:
+        forms.append(f'{m:02}/{d:02}/{y}')
     return forms
 
 # %% ../nbs/02_before.ipynb #d63cf13c
 def date_pairs(
-    n:int,                # how many
-    seed:int,             # the same seed gives the same pairs
-    held_out:bool=False,  # days for testing (every tenth) instead of days for training
-)->list[tuple[str, str]]: # (as a person wrote it, ISO 8601)
+    n: int,  # how many
+    seed: int,  # the same seed gives the same pairs
+    held_out: bool = False,  # days for testing (every tenth) instead of days for training
+) -> list[tuple[str, str]]:  # (as a person wrote it, ISO 8601)
     "Random days from 1950 to 2049, each in a random form, with the answer."
-    if n < 0: raise ValueError(f'n={n} must be at least 0')
+    if n < 0:
+        raise ValueError(f'n={n} must be at least 0')
     rng, first, pairs = random.Random(seed), datetime.date(1950, 1, 1).toordinal(), []
     while len(pairs) < n:
         number = first + rng.randrange(36525)
-        if (number % 10 == 0) != held_out: continue
+        if (number % 10 == 0) != held_out:
+            continue
         day = datetime.date.fromordinal(number)
         pairs.append((rng.choice(date_forms(day)), day.isoformat()))
     return pairs

@@ -16,45 +16,54 @@ from .plots import progress
 
 # %% ../nbs/01_bigram.ipynb #1213da6a
 def bigram_counts(
-    ids:Tensor,     # (N,) token ids
-    vocab_size:int, # V
-)->Tensor:          # (V, V) integers; row = this token, column = the next one
+    ids: Tensor,  # (N,) token ids
+    vocab_size: int,  # V
+) -> Tensor:  # (V, V) integers; row = this token, column = the next one
     "How often each token is followed by each other token."
-    if ids.dim() != 1: raise ValueError(f'ids has shape {tuple(ids.shape)}: give one long sequence, shape (N,)')
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size: raise ValueError(f'ids runs from {ids.min()} to {ids.max()}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}: use the tokenizer that made the ids')
+    if ids.dim() != 1:
+        raise ValueError(f'ids has shape {tuple(ids.shape)}: give one long sequence, shape (N,)')
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f'ids runs from {ids.min()} to {ids.max()}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}: use the tokenizer that made the ids'
+        )
     pairs = ids[:-1] * vocab_size + ids[1:]  # (N-1,): a pair (a, b) as the single number a*V + b
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
 
 # %% ../nbs/01_bigram.ipynb #b13f1dfc
 def cross_entropy(
-    logits:Tensor,  # (..., V) unnormalised log-probabilities
-    targets:Tensor, # (...,) the token that came; -1 where there is nothing to predict
-)->Tensor:          # a scalar, in nats per token
+    logits: Tensor,  # (..., V) unnormalised log-probabilities
+    targets: Tensor,  # (...,) the token that came; -1 where there is nothing to predict
+) -> Tensor:  # a scalar, in nats per token
     "Mean negative log-probability of `targets`, in nats; equals `torch.nn.functional.cross_entropy`."
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f'targets has shape {tuple(targets.shape)}, but logits has shape {tuple(logits.shape)}: targets must have the shape of logits without its last axis')
+        raise ValueError(
+            f'targets has shape {tuple(targets.shape)}, but logits has shape {tuple(logits.shape)}: targets must have the shape of logits without its last axis'
+        )
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
 # %% ../nbs/01_bigram.ipynb #7ef6c168
 class BigramLanguageModel(nn.Module):
     "A table of logits, one row per token: `model(idx, targets) -> (logits, loss)`."
-    def __init__(self, vocab_size:int): # V
+
+    def __init__(self, vocab_size: int):  # V
         super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
-        nn.init.zeros_(self.table.weight)  # every next token equally likely: the loss starts at exactly ln V
+        nn.init.zeros_(
+            self.table.weight
+        )  # every next token equally likely: the loss starts at exactly ln V
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None)->tuple[Tensor, Tensor|None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits = self.table(idx)  # (B, T) -> (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # %% ../nbs/01_bigram.ipynb #3627662a
 def fit(
-    model:nn.Module,                                # `model(idx, targets) -> (logits, loss)`
-    batch:Callable[[], tuple[Tensor, Tensor]],      # returns the next (x, y)
-    steps:int,                                      # number of updates
-    lr:float=1e-3,                                  # AdamW's step size
-    optimizer:torch.optim.Optimizer|None=None,      # instead of AdamW
-)->list[float]:                                     # the loss before each update, nats
+    model: nn.Module,  # `model(idx, targets) -> (logits, loss)`
+    batch: Callable[[], tuple[Tensor, Tensor]],  # returns the next (x, y)
+    steps: int,  # number of updates
+    lr: float = 1e-3,  # AdamW's step size
+    optimizer: torch.optim.Optimizer | None = None,  # instead of AdamW
+) -> list[float]:  # the loss before each update, nats
     "The training loop in five lines: loss, forget the old gradients, compute new ones, step, again."
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
@@ -69,15 +78,18 @@ def fit(
 # %% ../nbs/01_bigram.ipynb #15615858
 @torch.no_grad()
 def evaluate(
-    model:nn.Module,    # `model(idx, targets) -> (logits, loss)`
-    data:Tensor,        # (N,) token ids, all of which are scored
-    block_size:int,     # T: length and stride of the windows
-    batch_size:int=64,  # windows per forward pass; changes speed, not the result
-)->float:               # nats per token
+    model: nn.Module,  # `model(idx, targets) -> (logits, loss)`
+    data: Tensor,  # (N,) token ids, all of which are scored
+    block_size: int,  # T: length and stride of the windows
+    batch_size: int = 64,  # windows per forward pass; changes speed, not the result
+) -> float:  # nats per token
     "Mean loss over the whole of `data` in consecutive windows of `block_size`: no sampling, no noise."
     n = (len(data) - 1) // block_size
-    if n == 0: raise ValueError(f'data has {len(data)} tokens, too few for one window of block_size={block_size}: give a longer text or a smaller block_size')
-    x, y = (data[i:i + n * block_size].view(n, block_size) for i in (0, 1))
+    if n == 0:
+        raise ValueError(
+            f'data has {len(data)} tokens, too few for one window of block_size={block_size}: give a longer text or a smaller block_size'
+        )
+    x, y = (data[i : i + n * block_size].view(n, block_size) for i in (0, 1))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total = 0.0
@@ -90,18 +102,21 @@ def evaluate(
 # %% ../nbs/01_bigram.ipynb #a2292ba4
 @torch.no_grad()
 def sample(
-    model:nn.Module,                        # `model(idx) -> (logits, None)`
-    idx:Tensor,                             # (B, T) the text so far
-    max_new_tokens:int,                     # how many tokens to add
-    block_size:int|None=None,               # the model is shown at most this many of the last tokens
-    generator:torch.Generator|None=None,    # the same seed gives the same text
-)->Tensor:                                  # (B, T + max_new_tokens)
+    model: nn.Module,  # `model(idx) -> (logits, None)`
+    idx: Tensor,  # (B, T) the text so far
+    max_new_tokens: int,  # how many tokens to add
+    block_size: int | None = None,  # the model is shown at most this many of the last tokens
+    generator: torch.Generator | None = None,  # the same seed gives the same text
+) -> Tensor:  # (B, T + max_new_tokens)
     "Continue `idx`: ask the model, draw one token from its answer, append it, ask again."
-    if idx.dim() != 2 or idx.shape[1] == 0: raise ValueError(f'idx has shape {tuple(idx.shape)}: give rows of at least one token, shape (B, T)')
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(
+            f'idx has shape {tuple(idx.shape)}: give rows of at least one token, shape (B, T)'
+        )
     for _ in range(max_new_tokens):
         seen = idx if block_size is None else idx[:, -block_size:]
         logits, _ = model(seen)
-        probs = logits[:, -1].softmax(-1)                                   # (B, V)
+        probs = logits[:, -1].softmax(-1)  # (B, V)
         new = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
     return idx

@@ -15,117 +15,164 @@ from torch import Tensor, nn
 from .multihead import MultiHeadAttention
 
 # %% ../nbs/06_block.ipynb #292b23ff
-def relu_squared(x:Tensor)->Tensor: # any shape
+def relu_squared(x: Tensor) -> Tensor:  # any shape
     "max(0, x) squared (So 2021, arXiv 2109.08668)."
     return F.relu(x).square()
 
-def gelu_tanh(x:Tensor)->Tensor: # any shape
+
+def gelu_tanh(x: Tensor) -> Tensor:  # any shape
     "GELU in the tanh form that GPT-2 uses (Hendrycks 2016, arXiv 1606.08415)."
     return F.gelu(x, approximate='tanh')
 
-ACTIVATIONS:dict[str, Callable] = {'gelu_tanh': gelu_tanh, 'gelu': F.gelu, 'relu': F.relu, 'relu2': relu_squared}
+
+ACTIVATIONS: dict[str, Callable] = {
+    'gelu_tanh': gelu_tanh,
+    'gelu': F.gelu,
+    'relu': F.relu,
+    'relu2': relu_squared,
+}
 
 # %% ../nbs/06_block.ipynb #3fb6fd61
 class MLP(nn.Module):
     "Two linear maps around a nonlinearity, on each token by itself (Vaswani 2017, arXiv 1706.03762, section 3.3)."
-    def __init__(self,
-        n_embd:int,                  # C
-        ratio:float=4,               # the hidden layer has ratio * C units
-        bias:bool=True,              # biases in the two linear maps
-        activation:str='gelu_tanh',  # a key of ACTIVATIONS
+
+    def __init__(
+        self,
+        n_embd: int,  # C
+        ratio: float = 4,  # the hidden layer has ratio * C units
+        bias: bool = True,  # biases in the two linear maps
+        activation: str = 'gelu_tanh',  # a key of ACTIVATIONS
     ):
         super().__init__()
-        if activation not in ACTIVATIONS: raise ValueError(f'activation={activation!r} is not known: choose one of {", ".join(ACTIVATIONS)}')
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f'activation={activation!r} is not known: choose one of {", ".join(ACTIVATIONS)}'
+            )
         hidden = int(ratio * n_embd)
         self.c_fc = nn.Linear(n_embd, hidden, bias=bias)
         self.c_proj = nn.Linear(hidden, n_embd, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x:Tensor)->Tensor: # (B, T, C) -> (B, T, C)
-        return self.c_proj(self.activation(self.c_fc(x)))  # (B, T, C) -> (B, T, ratio*C) -> (B, T, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.c_proj(
+            self.activation(self.c_fc(x))
+        )  # (B, T, C) -> (B, T, ratio*C) -> (B, T, C)
 
 # %% ../nbs/06_block.ipynb #e87ed6c5
 class LayerNorm(nn.Module):
     "Each vector to mean 0 and variance 1, then (optionally) a learned factor and shift (Ba 2016, arXiv 1607.06450)."
-    def __init__(self,
-        n_embd:int,        # C
-        weight:bool=True,  # a learned factor per channel
-        bias:bool=True,    # a learned shift per channel; needs the factor
-        eps:float=1e-5,    # keeps the division finite
+
+    def __init__(
+        self,
+        n_embd: int,  # C
+        weight: bool = True,  # a learned factor per channel
+        bias: bool = True,  # a learned shift per channel; needs the factor
+        eps: float = 1e-5,  # keeps the division finite
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd)) if weight else None
         self.bias = nn.Parameter(torch.zeros(n_embd)) if weight and bias else None
         self.eps = eps
 
-    def forward(self, x:Tensor)->Tensor: # (..., C) -> (..., C)
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 # %% ../nbs/06_block.ipynb #f35f14a9
 class RMSNorm(nn.Module):
     "Each vector to mean square 1, then a learned factor (Zhang 2019, arXiv 1910.07467)."
-    def __init__(self,
-        n_embd:int,     # C
-        eps:float=1e-5, # keeps the division finite
+
+    def __init__(
+        self,
+        n_embd: int,  # C
+        eps: float = 1e-5,  # keeps the division finite
     ):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(n_embd)), eps
 
-    def forward(self, x:Tensor)->Tensor: # (..., C) -> (..., C)
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 # %% ../nbs/06_block.ipynb #da4a3af3
 def make_norm(
-    kind:str,        # 'layer' (GPT-2), 'plain' (LayerNorm without weights), 'rms' or 'none'
-    n_embd:int,      # C
-    bias:bool=True,  # a learned shift, for 'layer' only
-)->nn.Module:
+    kind: str,  # 'layer' (GPT-2), 'plain' (LayerNorm without weights), 'rms' or 'none'
+    n_embd: int,  # C
+    bias: bool = True,  # a learned shift, for 'layer' only
+) -> nn.Module:
     "The norm called `kind`."
-    kinds = {'layer': lambda: LayerNorm(n_embd, bias=bias), 'plain': lambda: LayerNorm(n_embd, weight=False),
-             'rms': lambda: RMSNorm(n_embd), 'none': nn.Identity}
-    if kind not in kinds: raise ValueError(f'norm={kind!r} is not known: choose one of {", ".join(kinds)}')
+    kinds = {
+        'layer': lambda: LayerNorm(n_embd, bias=bias),
+        'plain': lambda: LayerNorm(n_embd, weight=False),
+        'rms': lambda: RMSNorm(n_embd),
+        'none': nn.Identity,
+    }
+    if kind not in kinds:
+        raise ValueError(f'norm={kind!r} is not known: choose one of {", ".join(kinds)}')
     return kinds[kind]()
 
 # %% ../nbs/06_block.ipynb #0597aac8
 class BlockParts(nn.Module):
     "The parts of a block, named as in GPT-2: norm, attention, norm, MLP, and a norm and attention more if `cross`."
-    def __init__(self,
-        n_embd:int,                  # C
-        n_head:int,                  # H
+
+    def __init__(
+        self,
+        n_embd: int,  # C
+        n_head: int,  # H
         *,
-        norm:str='layer',            # see `make_norm`
-        norm_first:bool=True,        # pre-norm (GPT-2); False: post-norm, as in the 2017 paper
-        cross:bool=False,            # a slot for cross-attention between the two
-        mlp_ratio:float=4,           # hidden units of the MLP per channel
-        activation:str='gelu_tanh',  # see `ACTIVATIONS`
-        bias:bool=True,              # biases everywhere
-        dropout:float=0.0,           # on what each part adds to the stream
-        **attention,                 # further arguments of `MultiHeadAttention`: causal, window, n_kv_head, attn_dropout, qk_norm, scale
+        norm: str = 'layer',  # see `make_norm`
+        norm_first: bool = True,  # pre-norm (GPT-2); False: post-norm, as in the 2017 paper
+        cross: bool = False,  # a slot for cross-attention between the two
+        mlp_ratio: float = 4,  # hidden units of the MLP per channel
+        activation: str = 'gelu_tanh',  # see `ACTIVATIONS`
+        bias: bool = True,  # biases everywhere
+        dropout: float = 0.0,  # on what each part adds to the stream
+        **attention,  # further arguments of `MultiHeadAttention`: causal, window, n_kv_head, attn_dropout, qk_norm, scale
     ):
         super().__init__()
         self.norm_first, self.cross = norm_first, cross
-        self.ln_1, self.attn = make_norm(norm, n_embd, bias), MultiHeadAttention(n_embd, n_head, bias=bias, **attention)
-        if cross: self.ln_cross_attn, self.crossattention = make_norm(norm, n_embd, bias), MultiHeadAttention(n_embd, n_head, bias=bias)
-        self.ln_2, self.mlp = make_norm(norm, n_embd, bias), MLP(n_embd, mlp_ratio, bias, activation)
+        self.ln_1, self.attn = (
+            make_norm(norm, n_embd, bias),
+            MultiHeadAttention(n_embd, n_head, bias=bias, **attention),
+        )
+        if cross:
+            self.ln_cross_attn, self.crossattention = (
+                make_norm(norm, n_embd, bias),
+                MultiHeadAttention(n_embd, n_head, bias=bias),
+            )
+        self.ln_2, self.mlp = (
+            make_norm(norm, n_embd, bias),
+            MLP(n_embd, mlp_ratio, bias, activation),
+        )
         self.drop = nn.Dropout(dropout)
 
 # %% ../nbs/06_block.ipynb #c5a03ae6
 class Block(BlockParts):
     "Communicate (attention), then compute (MLP); each adds its result to the residual stream (Vaswani 2017, arXiv 1706.03762)."
-    def add(self, x:Tensor, norm:nn.Module, part:Callable)->Tensor: # x plus what `part` has to say
-        if self.norm_first: return x + self.drop(part(norm(x)))
+
+    def add(
+        self, x: Tensor, norm: nn.Module, part: Callable
+    ) -> Tensor:  # x plus what `part` has to say
+        if self.norm_first:
+            return x + self.drop(part(norm(x)))
         return norm(x + self.drop(part(x)))
 
-    def forward(self,
-        x:Tensor,                     # (B, T, C) the residual stream
-        memory:Tensor|None=None,      # (B, S, C) what cross-attention looks at
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C) the residual stream
+        memory: Tensor | None = None,  # (B, S, C) what cross-attention looks at
         *,
-        mask:Tensor|None=None,        # for self-attention, see `MultiHeadAttention`
-        memory_mask:Tensor|None=None, # for cross-attention
-        rotary:Callable|None=None,    # turns queries and keys of self-attention by their positions
-        cache=None,                   # keys and values of earlier tokens
-    )->Tensor:                        # (B, T, C)
-        if memory is not None and not self.cross: raise ValueError('memory was given, but this block has no cross-attention to look at it: build it with cross=True')
+        mask: Tensor | None = None,  # for self-attention, see `MultiHeadAttention`
+        memory_mask: Tensor | None = None,  # for cross-attention
+        rotary: Callable
+        | None = None,  # turns queries and keys of self-attention by their positions
+        cache=None,  # keys and values of earlier tokens
+    ) -> Tensor:  # (B, T, C)
+        if memory is not None and not self.cross:
+            raise ValueError(
+                'memory was given, but this block has no cross-attention to look at it: build it with cross=True'
+            )
         x = self.add(x, self.ln_1, lambda z: self.attn(z, mask=mask, rotary=rotary, cache=cache))
-        if memory is not None: x = self.add(x, self.ln_cross_attn, lambda z: self.crossattention(z, memory, mask=memory_mask))
+        if memory is not None:
+            x = self.add(
+                x, self.ln_cross_attn, lambda z: self.crossattention(z, memory, mask=memory_mask)
+            )
         return self.add(x, self.ln_2, self.mlp)

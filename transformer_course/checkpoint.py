@@ -22,23 +22,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/support/checkpoint.ipynb #0afae56d
-def sync(path:Path)->None: # a file or a folder
+def sync(path: Path) -> None:  # a file or a folder
     "Wait until `path` is on the disk, so that a power cut cannot take it back."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/support/checkpoint.ipynb #e96f14ea
 def write_atomically(
-    folder:Path,                            # the checkpoint's place, replaced as a whole
-    write:Callable[[Path], None],           # fills an empty folder
-)->None:
+    folder: Path,  # the checkpoint's place, replaced as a whole
+    write: Callable[[Path], None],  # fills an empty folder
+) -> None:
     "Fill a folder beside `folder`, make sure it is on the disk, then put it in place: a kill leaves the old or the new one."
     new, old = (folder.with_name(f'.{folder.name}-{kind}') for kind in ('new', 'old'))
     shutil.rmtree(new, ignore_errors=True)  # what a kill may have left half written
     new.mkdir(parents=True)
     write(new)
-    for path in [*new.iterdir(), new]: sync(path)
+    for path in [*new.iterdir(), new]:
+        sync(path)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -47,38 +50,50 @@ def write_atomically(
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/support/checkpoint.ipynb #9aad43af
-def optimizer_tensors(optimizers:list)->tuple[list, dict[str, Tensor]]: # settings (JSON), and state as one flat dict
+def optimizer_tensors(
+    optimizers: list,
+) -> tuple[list, dict[str, Tensor]]:  # settings (JSON), and state as one flat dict
     "What optimisers need to go on, taken apart into what JSON can hold and what safetensors can."
     settings, tensors = [], {}
     for i, optimizer in enumerate(optimizers):
         saved = optimizer.state_dict()
         settings.append(saved['param_groups'])
-        for p, values in saved['state'].items(): tensors |= {f'{i}.{p}.{name}': v.contiguous() for name, v in values.items()}
+        for p, values in saved['state'].items():
+            tensors |= {f'{i}.{p}.{name}': v.contiguous() for name, v in values.items()}
     return settings, tensors
 
-def own_weights(model:nn.Module)->dict[str, Tensor]: # name -> tensor
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:  # name -> tensor
     "A model's weights and buffers; those that layers share are listed once, under the first name."
-    first = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    return {name: p.detach().contiguous() for name, p in model.state_dict(keep_vars=True).items() if first.get(id(p), name) == name}
+    first = {
+        id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))
+    }
+    return {
+        name: p.detach().contiguous()
+        for name, p in model.state_dict(keep_vars=True).items()
+        if first.get(id(p), name) == name
+    }
 
 # %% ../nbs/support/checkpoint.ipynb #ff6869a7
-def checksum(path:Path)->str: # hexadecimal
+def checksum(path: Path) -> str:  # hexadecimal
     "The SHA-256 of a file of any size."
     sha = hashlib.sha256()
     with open(path, 'rb') as f:
-        while piece := f.read(1 << 24): sha.update(piece)
+        while piece := f.read(1 << 24):
+            sha.update(piece)
     return sha.hexdigest()
 
 # %% ../nbs/support/checkpoint.ipynb #5ab44102
 CHECKPOINT_FORMAT = 1
 
+
 def save_checkpoint(
-    folder:str|Path,      # replaced as a whole
-    model:nn.Module,      # its `config` is written too
-    optimizers:list=(),   # their state is needed to resume
-    state:dict|None=None, # JSON: step, settings, history, tokenizer ...
-    rng:dict|None=None,   # name -> state (uint8 tensor) of each random generator
-)->None:
+    folder: str | Path,  # replaced as a whole
+    model: nn.Module,  # its `config` is written too
+    optimizers: list = (),  # their state is needed to resume
+    state: dict | None = None,  # JSON: step, settings, history, tokenizer ...
+    rng: dict | None = None,  # name -> state (uint8 tensor) of each random generator
+) -> None:
     "Write a checkpoint that survives a kill at any moment: safetensors for tensors, JSON for the rest, no pickle."
     settings, tensors = optimizer_tensors(optimizers)
     tensors |= {f'rng.{name}': v for name, v in (rng or {}).items()}
@@ -87,72 +102,118 @@ def save_checkpoint(
         save_file(own_weights(model), to / 'model.safetensors')
         save_file(tensors, to / 'training.safetensors')
         hashes = {p.name: checksum(p) for p in sorted(to.iterdir())}
-        about = dict(format=CHECKPOINT_FORMAT, config=asdict(model.config), optimizers=settings, sha256=hashes, **(state or {}))
+        about = dict(
+            format=CHECKPOINT_FORMAT,
+            config=asdict(model.config),
+            optimizers=settings,
+            sha256=hashes,
+            **(state or {}),
+        )
         (to / 'checkpoint.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
-    try: write_atomically(Path(folder), write)
+
+    try:
+        write_atomically(Path(folder), write)
     except (OSError, SafetensorError) as e:
-        raise OSError(f'{str(folder)!r} could not be written ({e}): free some space or choose another folder; a checkpoint that was there is kept') from None
+        raise OSError(
+            f'{str(folder)!r} could not be written ({e}): free some space or choose another folder; a checkpoint that was there is kept'
+        ) from None
 
 # %% ../nbs/support/checkpoint.ipynb #706ef72f
-def checkpoint_place(folder:Path)->Path:
+def checkpoint_place(folder: Path) -> Path:
     "The folder itself, or the old one, if a kill came between the two renames of `write_atomically`."
     return folder if folder.exists() else folder.with_name(f'.{folder.name}-old')
 
+
 def verified_checkpoint(
-    folder:str|Path,  # what `save_checkpoint` wrote
-)->tuple[dict, Path]: # checkpoint.json, and the folder in which the files lie
+    folder: str | Path,  # what `save_checkpoint` wrote
+) -> tuple[dict, Path]:  # checkpoint.json, and the folder in which the files lie
     "Verify a checkpoint; a missing, truncated or foreign one raises a `ValueError` that says what to do."
     folder = Path(folder)
     place = checkpoint_place(folder)
-    if not (place / 'checkpoint.json').exists(): raise ValueError(f'no checkpoint in {str(folder)!r}: train one first, or name the folder that holds checkpoint.json')
+    if not (place / 'checkpoint.json').exists():
+        raise ValueError(
+            f'no checkpoint in {str(folder)!r}: train one first, or name the folder that holds checkpoint.json'
+        )
     try:
         about = json.loads((place / 'checkpoint.json').read_text(encoding='utf-8'))
         version, hashes = about['format'], about['sha256']
-    except (ValueError, KeyError, TypeError): raise ValueError(f'{str(folder)!r}: checkpoint.json is damaged: use another copy, or train again') from None
-    if version != CHECKPOINT_FORMAT: raise ValueError(f'{str(folder)!r} has format {version}, this version reads {CHECKPOINT_FORMAT}: load it with the version that wrote it')
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f'{str(folder)!r}: checkpoint.json is damaged: use another copy, or train again'
+        ) from None
+    if version != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f'{str(folder)!r} has format {version}, this version reads {CHECKPOINT_FORMAT}: load it with the version that wrote it'
+        )
     for name, sha in hashes.items():
         if not (place / name).exists() or checksum(place / name) != sha:
-            raise ValueError(f'{str(folder)!r}: {name} is missing, truncated or changed (its checksum is wrong): use another copy, or train again')
+            raise ValueError(
+                f'{str(folder)!r}: {name} is missing, truncated or changed (its checksum is wrong): use another copy, or train again'
+            )
     return about, place
 
 # %% ../nbs/support/checkpoint.ipynb #1a3b55a7
 class TensorFile(Mapping):
     "A safetensors file as a dict: each tensor is read when it is asked for, and its memory can go when you are done with it."
-    def __init__(self, path:str|Path):
+
+    def __init__(self, path: str | Path):
         self.path = path
-        with safe_open(path, framework='pt') as f: self.names = list(f.keys())
-    def __len__(self)->int: return len(self.names)
-    def __iter__(self): return iter(self.names)
-    def __getitem__(self, name:str)->Tensor:
-        if name not in self.names: raise KeyError(name)
-        with safe_open(self.path, framework='pt') as f: return f.get_tensor(name)  # opened anew: one map of the whole file would stay in memory
+        with safe_open(path, framework='pt') as f:
+            self.names = list(f.keys())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, framework='pt') as f:
+            return f.get_tensor(name)  # opened anew: one map of the whole file would stay in memory
 
 # %% ../nbs/support/checkpoint.ipynb #1b976ab2
 def read_checkpoint(
-    folder:str|Path, # what `save_checkpoint` wrote
-)->tuple[dict, dict[str, Tensor], dict[str, Tensor]]: # checkpoint.json, the model's tensors, the optimisers' and generators' tensors
+    folder: str | Path,  # what `save_checkpoint` wrote
+) -> tuple[
+    dict, dict[str, Tensor], dict[str, Tensor]
+]:  # checkpoint.json, the model's tensors, the optimisers' and generators' tensors
     "Verify a checkpoint and read all of it."
     about, place = verified_checkpoint(folder)
     return about, load_file(place / 'model.safetensors'), load_file(place / 'training.safetensors')
 
 # %% ../nbs/support/checkpoint.ipynb #edbcf50e
-def restore_model(model:nn.Module, weights:dict[str, Tensor])->None:
+def restore_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     "Copy a checkpoint's weights into `model`; a model of another shape raises a `ValueError`."
     own = model.state_dict()
-    tied = {name for name, p in own.items() if name not in weights and any(p.data_ptr() == own[k].data_ptr() for k in weights if k in own)}
+    tied = {
+        name
+        for name, p in own.items()
+        if name not in weights
+        and any(p.data_ptr() == own[k].data_ptr() for k in weights if k in own)
+    }
     strange = sorted((set(own) ^ set(weights)) - tied)
-    if strange: raise ValueError(f'the checkpoint is of another model: {strange[0]!r} is in only one of the two')
+    if strange:
+        raise ValueError(
+            f'the checkpoint is of another model: {strange[0]!r} is in only one of the two'
+        )
     for name, w in weights.items():
-        if w.shape != own[name].shape: raise ValueError(f'the checkpoint is of another model: {name} has shape {tuple(w.shape)}, the model needs {tuple(own[name].shape)}')
-        with torch.no_grad(): own[name].copy_(w)
+        if w.shape != own[name].shape:
+            raise ValueError(
+                f'the checkpoint is of another model: {name} has shape {tuple(w.shape)}, the model needs {tuple(own[name].shape)}'
+            )
+        with torch.no_grad():
+            own[name].copy_(w)
 
 # %% ../nbs/support/checkpoint.ipynb #d79e974c
-def restore_optimizers(optimizers:list, settings:list, tensors:dict[str, Tensor])->None:
+def restore_optimizers(optimizers: list, settings: list, tensors: dict[str, Tensor]) -> None:
     "Put back what `save_checkpoint` took from each optimiser."
     for i, (optimizer, groups) in enumerate(zip(optimizers, settings, strict=True)):
         state = {}
         for name, v in tensors.items():
-            if not name.startswith(f'{i}.'): continue
+            if not name.startswith(f'{i}.'):
+                continue
             _, p, key = name.split('.', 2)
             state.setdefault(int(p), {})[key] = v
         optimizer.load_state_dict(dict(state=state, param_groups=groups))

@@ -48,317 +48,527 @@ from .training import History, Single, TrainConfig, load_model, train
 @dataclass
 class DataConfig:
     "What to train on, and where the results go."
-    text:str|None = None       # your own UTF-8 text file; default: Tiny Shakespeare
-    data:str|None = None       # a folder of token shards that `prepare` wrote, instead of a text
-    eval_tokens:int = 2097152  # of the validation shards, so many tokens at most are scored
-    val_fraction:float = 0.1   # the last share of the text, held out for validation
-    out_dir:str = 'out'        # the checkpoint and the loss curve go here
-    device:str = 'auto'        # auto, cpu, cuda or mps
-    parallel:str|None = None   # started by torchrun: ddp (a copy in each process) or fsdp (weights shared out); default: ddp
-    sample_tokens:int = 200    # length of the samples shown while training
-    log:bool = True            # keep out_dir/log.jsonl: a line for each update and each evaluation
-    tensorboard:bool = False   # the same as event files in out_dir/tensorboard (pip install tensorboard)
+
+    text: str | None = None  # your own UTF-8 text file; default: Tiny Shakespeare
+    data: str | None = None  # a folder of token shards that `prepare` wrote, instead of a text
+    eval_tokens: int = 2097152  # of the validation shards, so many tokens at most are scored
+    val_fraction: float = 0.1  # the last share of the text, held out for validation
+    out_dir: str = 'out'  # the checkpoint and the loss curve go here
+    device: str = 'auto'  # auto, cpu, cuda or mps
+    parallel: str | None = (
+        None  # started by torchrun: ddp (a copy in each process) or fsdp (weights shared out); default: ddp
+    )
+    sample_tokens: int = 200  # length of the samples shown while training
+    log: bool = True  # keep out_dir/log.jsonl: a line for each update and each evaluation
+    tensorboard: bool = (
+        False  # the same as event files in out_dir/tensorboard (pip install tensorboard)
+    )
 
 # %% ../nbs/support/cli.ipynb #65a5ec14
 @dataclass
 class SampleConfig:
     "What to write, and how boldly."
-    out_dir:str = 'out'          # where train left its checkpoint
-    prompt:str = '\\n'           # the beginning of the text; \n stands for a new line
-    max_new_tokens:int = 500     # how many tokens to add to the prompt
-    num_samples:int = 1          # how many texts
-    temperature:float = 0.8      # below 1: safer, above 1: wilder, 0: always the likeliest
-    top_k:int|None = None        # draw from the k likeliest tokens only
-    top_p:float|None = None      # draw from the fewest tokens that have this probability together
-    seed:int = 1337              # the same seed writes the same text
-    device:str = 'auto'          # auto, cpu, cuda or mps
-    int8:bool = False            # weights of one byte: less memory and faster, on a CPU
+
+    out_dir: str = 'out'  # where train left its checkpoint
+    prompt: str = '\\n'  # the beginning of the text; \n stands for a new line
+    max_new_tokens: int = 500  # how many tokens to add to the prompt
+    num_samples: int = 1  # how many texts
+    temperature: float = 0.8  # below 1: safer, above 1: wilder, 0: always the likeliest
+    top_k: int | None = None  # draw from the k likeliest tokens only
+    top_p: float | None = None  # draw from the fewest tokens that have this probability together
+    seed: int = 1337  # the same seed writes the same text
+    device: str = 'auto'  # auto, cpu, cuda or mps
+    int8: bool = False  # weights of one byte: less memory and faster, on a CPU
 
 # %% ../nbs/support/cli.ipynb #d679d2c6
 def field_comments(
-    cls:type, # a dataclass whose fields have comments
-)->dict[str, str]: # field name -> comment
+    cls: type,  # a dataclass whose fields have comments
+) -> dict[str, str]:  # field name -> comment
     "The comment behind each field of a dataclass, read from its source; empty where the source is not a file."
-    try: source = inspect.getsource(cls)
-    except OSError: source = ''
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        source = ''
     found = {m[1]: m[2] for m in re.finditer(r'^\s+(\w+)\s*:[^#\n]*#\s*(.*)$', source, re.M)}
     return {f.name: found.get(f.name, '') for f in fields(cls)}
 
 # %% ../nbs/support/cli.ipynb #3a4fd000
-SHAKESPEARE = dict(  # the main job: a small GPT with today's choices, each explained in chapters 05 to 07
-    block_size=64, n_layer=4, n_head=4, n_embd=128, mlp_ratio=3.0, bias=False, position='rotary', norm='plain', embed_norm=True,
-    activation='relu2', qk_norm=True, attn_scale=1.3, tie_weights=False, smear=True, zero_init=True, vocab_size=None)
+SHAKESPEARE = (
+    dict(  # the main job: a small GPT with today's choices, each explained in chapters 05 to 07
+        block_size=64,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        mlp_ratio=3.0,
+        bias=False,
+        position='rotary',
+        norm='plain',
+        embed_norm=True,
+        activation='relu2',
+        qk_norm=True,
+        attn_scale=1.3,
+        tie_weights=False,
+        smear=True,
+        zero_init=True,
+        vocab_size=None,
+    )
+)
 
 # %% ../nbs/support/cli.ipynb #2c19a8ad
-def base_type(annotation)->type: # int for `int` and for `int | None`
+def base_type(annotation) -> type:  # int for `int` and for `int | None`
     "A field's type without its `None`."
     return next(k for k in getattr(annotation, '__args__', (annotation,)) if k is not type(None))
 
+
 NEEDED = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
+
 
 def parse_value(
     annotation,  # a field's type: int, float, str or bool, perhaps `| None`
-    word:str,    # what the user typed
-):               # the value
+    word: str,  # what the user typed
+):  # the value
     "A word from the command line as a value of a field's type."
     kind = base_type(annotation)
-    if kind is not annotation and word.lower() == 'none': return None
-    try: return {'true': True, 'yes': True, 'false': False, 'no': False}[word.lower()] if kind is bool else kind(word)
-    except (ValueError, KeyError): raise argparse.ArgumentTypeError(f'{word!r} is not {NEEDED[kind]}') from None
+    if kind is not annotation and word.lower() == 'none':
+        return None
+    try:
+        return (
+            {'true': True, 'yes': True, 'false': False, 'no': False}[word.lower()]
+            if kind is bool
+            else kind(word)
+        )
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f'{word!r} is not {NEEDED[kind]}') from None
 
 # %% ../nbs/support/cli.ipynb #54846221
 class Parser(argparse.ArgumentParser):
     "`argparse`, with errors of one line that name the nearest flag."
+
     def __init__(self, **kw):
-        look = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
+        look = lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=110
+        )
         super().__init__(allow_abbrev=False, formatter_class=look, **kw)
 
-    def error(self, message:str):
+    def error(self, message: str):
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
 
     def parse_args(self, args=None, namespace=None):
         found, extra = self.parse_known_args(args, namespace)
-        if not extra: return found
-        command = self._subparsers._group_actions[0].choices[found.command] if self._subparsers else self
+        if not extra:
+            return found
+        command = (
+            self._subparsers._group_actions[0].choices[found.command] if self._subparsers else self
+        )
         near = difflib.get_close_matches(extra[0], command._option_string_actions, 1)
-        command.error(f'{extra[0]} is not known: ' + (f'did you mean {near[0]}?' if near else f'{command.prog} --help lists the flags'))
+        command.error(
+            f'{extra[0]} is not known: '
+            + (f'did you mean {near[0]}?' if near else f'{command.prog} --help lists the flags')
+        )
 
 # %% ../nbs/support/cli.ipynb #4ae72887
 def add_fields(
-    parser:argparse.ArgumentParser, # gets one flag for each field of `cls`
-    cls:type,                       # a dataclass with comments
-    defaults:dict,                  # the default of each field, for the help
-)->None:
+    parser: argparse.ArgumentParser,  # gets one flag for each field of `cls`
+    cls: type,  # a dataclass with comments
+    defaults: dict,  # the default of each field, for the help
+) -> None:
     "A group of flags, one for each field of a dataclass, its comment as the help."
     group, comments = parser.add_argument_group(cls.__doc__.rstrip('.')), field_comments(cls)
     for f in fields(cls):
         kind = base_type(f.type)
         switch = dict(nargs='?', const=True) if kind is bool else {}
-        group.add_argument(f'--{f.name}', type=lambda word, t=f.type: parse_value(t, word), default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
-                           help=(comments[f.name] + ('' if defaults[f.name] is None else f' [{defaults[f.name]!r}]')).replace('%', '%%'), **switch)
+        group.add_argument(
+            f'--{f.name}',
+            type=lambda word, t=f.type: parse_value(t, word),
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=(
+                comments[f.name] + ('' if defaults[f.name] is None else f' [{defaults[f.name]!r}]')
+            ).replace('%', '%%'),
+            **switch,
+        )
 
 # %% ../nbs/support/cli.ipynb #4ec080d4
 def settings(
-    defaults:dict,          # every setting and its default
-    given:dict,             # the flags that were typed
-    config:str|None=None,   # a JSON file of settings
-)->dict:                    # every setting
+    defaults: dict,  # every setting and its default
+    given: dict,  # the flags that were typed
+    config: str | None = None,  # a JSON file of settings
+) -> dict:  # every setting
     "Flags win over the file, the file over the defaults."
-    if config is None: return defaults | given
-    try: read = json.loads(Path(config).read_text(encoding='utf-8'))
-    except OSError as e: raise ValueError(f'--config {config}: {e.strerror}: give a JSON file of settings') from None
-    except ValueError as e: raise ValueError(f'--config {config} is not JSON ({e}): write it like {{"n_layer": 4}}') from None
+    if config is None:
+        return defaults | given
+    try:
+        read = json.loads(Path(config).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'--config {config}: {e.strerror}: give a JSON file of settings') from None
+    except ValueError as e:
+        raise ValueError(
+            f'--config {config} is not JSON ({e}): write it like {{"n_layer": 4}}'
+        ) from None
     unknown = sorted(set(read) - set(defaults)) if isinstance(read, dict) else [config]
-    if unknown: raise ValueError(f'--config {config}: {unknown[0]!r} is no setting: transformer-course train --help lists them')
+    if unknown:
+        raise ValueError(
+            f'--config {config}: {unknown[0]!r} is no setting: transformer-course train --help lists them'
+        )
     return defaults | read | given
 
-def pick(cls:type, values:dict):
+
+def pick(cls: type, values: dict):
     "The dataclass `cls`, filled from the settings that it has a field for."
     return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 # %% ../nbs/support/cli.ipynb #5aebe376
-def find_device(name:str='auto')->torch.device: # 'auto' takes the fastest there is
+def find_device(name: str = 'auto') -> torch.device:  # 'auto' takes the fastest there is
     "The device called `name`; one that this machine lacks raises a `ValueError`."
-    there = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
-    if name == 'auto': return torch.device(there[-1])
-    if name.split(':')[0] not in there: raise ValueError(f'--device {name} is not to be had here: choose auto or one of {", ".join(there)}')
+    there = (
+        ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
+    )
+    if name == 'auto':
+        return torch.device(there[-1])
+    if name.split(':')[0] not in there:
+        raise ValueError(
+            f'--device {name} is not to be had here: choose auto or one of {", ".join(there)}'
+        )
     return torch.device(name)
 
 # %% ../nbs/support/cli.ipynb #b48550a3
 @dataclass
 class Corpus:
     "A text, ready to train on."
-    tokenizer:CharTokenizer|BPETokenizer # made from the text, or found beside the shards
-    train:torch.Tensor|Shards            # (N,) ids
-    val:torch.Tensor                     # (M,) ids
-    about:dict                           # where the text came from, its checksum, the tokenizer
+
+    tokenizer: CharTokenizer | BPETokenizer  # made from the text, or found beside the shards
+    train: torch.Tensor | Shards  # (N,) ids
+    val: torch.Tensor  # (M,) ids
+    about: dict  # where the text came from, its checksum, the tokenizer
 
     @property
-    def unit(self)->str: return 'character' if isinstance(self.tokenizer, CharTokenizer) else 'token'
-    def batches(self, batch_size:int, block_size:int, parallel:Single, device)->Callable: # `batch(generator)` for `train`
-        if isinstance(self.train, Shards): return ShardBatches(self.train, batch_size, block_size, parallel, device)
-        return global_batch(lambda g: get_batch(self.train, batch_size, block_size, g, device), parallel)
+    def unit(self) -> str:
+        return 'character' if isinstance(self.tokenizer, CharTokenizer) else 'token'
+
+    def batches(
+        self, batch_size: int, block_size: int, parallel: Single, device
+    ) -> Callable:  # `batch(generator)` for `train`
+        if isinstance(self.train, Shards):
+            return ShardBatches(self.train, batch_size, block_size, parallel, device)
+        return global_batch(
+            lambda g: get_batch(self.train, batch_size, block_size, g, device), parallel
+        )
 
 # %% ../nbs/support/cli.ipynb #a8fe82fa
 def load_corpus(
-    data:DataConfig, # text and val_fraction
-    block_size:int,  # both parts must hold at least one block
-)->Corpus:
+    data: DataConfig,  # text and val_fraction
+    block_size: int,  # both parts must hold at least one block
+) -> Corpus:
     "Read the text, make its vocabulary, cut off the validation part; or open the shards."
-    if data.data is not None: return open_shards(data, block_size)
+    if data.data is not None:
+        return open_shards(data, block_size)
     text = load_text(path=data.text)
     tokenizer = CharTokenizer.train(text.text)
     ids = torch.tensor(tokenizer.encode(text.text))
     train_ids, val_ids = train_val_split(ids, data.val_fraction)
     if min(len(train_ids), len(val_ids)) <= block_size:
-        raise ValueError(f'the text has {len(ids):,} characters, {len(train_ids):,} to train on and {len(val_ids):,} to validate on: '
-                         f'each part must be longer than block_size={block_size}, so give a longer text or a smaller --block_size')
+        raise ValueError(
+            f'the text has {len(ids):,} characters, {len(train_ids):,} to train on and {len(val_ids):,} to validate on: '
+            f'each part must be longer than block_size={block_size}, so give a longer text or a smaller --block_size'
+        )
     sha = hashlib.sha256(text.text.encode()).hexdigest()
-    return Corpus(tokenizer, train_ids, val_ids, dict(text=dict(source=text.source, sha256=sha), tokenizer=dict(kind='char', chars=tokenizer.chars)))
+    return Corpus(
+        tokenizer,
+        train_ids,
+        val_ids,
+        dict(
+            text=dict(source=text.source, sha256=sha),
+            tokenizer=dict(kind='char', chars=tokenizer.chars),
+        ),
+    )
 
 # %% ../nbs/support/cli.ipynb #48e10758
 def open_shards(
-    data:DataConfig, # data and eval_tokens
-    block_size:int,  # both parts must hold at least one block
-)->Corpus:
+    data: DataConfig,  # data and eval_tokens
+    block_size: int,  # both parts must hold at least one block
+) -> Corpus:
     "The token shards in a folder that `prepare` wrote."
     folder = Path(data.data)
     train, val = (Shards(folder / part) for part in ('train', 'val'))
-    try: saved = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): raise ValueError(f'--data {data.data}: tokenizer.json is missing or damaged: write the folder with prepare') from None
+    try:
+        saved = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        raise ValueError(
+            f'--data {data.data}: tokenizer.json is missing or damaged: write the folder with prepare'
+        ) from None
     for part, shards in (('train', train), ('val', val)):
-        if len(shards) <= block_size: raise ValueError(f'--data {data.data}: {part} has {len(shards):,} tokens: each part must be longer than block_size={block_size}, so prepare more text or give a smaller --block_size')
+        if len(shards) <= block_size:
+            raise ValueError(
+                f'--data {data.data}: {part} has {len(shards):,} tokens: each part must be longer than block_size={block_size}, so prepare more text or give a smaller --block_size'
+            )
     ids = torch.from_numpy(val.read(0, min(len(val), max(data.eval_tokens, block_size + 1))))
-    return Corpus(tokenizer_from(saved), train, ids, dict(text=dict(source=train.index['about'].get('source', data.data), sha256=fingerprint(data)), tokenizer=saved))
+    return Corpus(
+        tokenizer_from(saved),
+        train,
+        ids,
+        dict(
+            text=dict(
+                source=train.index['about'].get('source', data.data), sha256=fingerprint(data)
+            ),
+            tokenizer=saved,
+        ),
+    )
 
-def fingerprint(data:DataConfig)->str: # changes when the text does
+
+def fingerprint(data: DataConfig) -> str:  # changes when the text does
     "The checksum of the text, or of the index of the shards, which holds the checksums of all files."
-    if data.data is None: return hashlib.sha256(load_text(path=data.text).text.encode()).hexdigest()
+    if data.data is None:
+        return hashlib.sha256(load_text(path=data.text).text.encode()).hexdigest()
     path = Path(data.data) / 'train' / 'index.json'
-    if not path.is_file(): raise ValueError(f'--data {data.data} has no train/index.json: write the folder with prepare')
+    if not path.is_file():
+        raise ValueError(
+            f'--data {data.data} has no train/index.json: write the folder with prepare'
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 # %% ../nbs/support/cli.ipynb #d369f232
 def continue_text(
-    model:GPT,                # in evaluation mode
-    tokenizer:CharTokenizer|BPETokenizer, # knows the prompt's characters
-    prompt:str,               # at least one character
-    max_new_tokens:int,       # how many tokens to add
-    **how,                    # temperature, top_k, top_p, generator: see `stream`
-):                            # an iterator over strings: the prompt, then one character after the other
+    model: GPT,  # in evaluation mode
+    tokenizer: CharTokenizer | BPETokenizer,  # knows the prompt's characters
+    prompt: str,  # at least one character
+    max_new_tokens: int,  # how many tokens to add
+    **how,  # temperature, top_k, top_p, generator: see `stream`
+):  # an iterator over strings: the prompt, then one character after the other
     "The prompt and what the model makes of it, a piece at a time."
-    if not prompt: raise ValueError('prompt is empty: give at least one character, for example a newline')
+    if not prompt:
+        raise ValueError('prompt is empty: give at least one character, for example a newline')
     ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)  # (1, T)
     yield prompt
-    for new in stream(model, ids, max_new_tokens, **how): yield tokenizer.decode(new[0])
+    for new in stream(model, ids, max_new_tokens, **how):
+        yield tokenizer.decode(new[0])
 
-def first_prompt(tokenizer:CharTokenizer|BPETokenizer)->str:
+
+def first_prompt(tokenizer: CharTokenizer | BPETokenizer) -> str:
     "A newline, as the talk does; the first character of the vocabulary where the text has no newline."
     return '\n' if '\n' in getattr(tokenizer, 'chars', '\n') else tokenizer.chars[0]
 
 # %% ../nbs/support/cli.ipynb #eda598be
 class Reporter:
     "Says what a run does: one line and one short sample for each evaluation, and a picture of the losses."
-    def __init__(self, model:GPT, tokenizer:CharTokenizer|BPETokenizer, data:DataConfig, unit:str='character'): # what the loss is an average over
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: CharTokenizer | BPETokenizer,
+        data: DataConfig,
+        unit: str = 'character',
+    ):  # what the loss is an average over
         self.model, self.tokenizer, self.data, self.unit = model, tokenizer, data, unit
 
-    def __call__(self, step:int, history:History)->None:
-        tqdm.write(f'step {step:5d}   val loss {history.val[-1][1]:.4f} nats per {self.unit}   {history.seconds:5.0f} s')
+    def __call__(self, step: int, history: History) -> None:
+        tqdm.write(
+            f'step {step:5d}   val loss {history.val[-1][1]:.4f} nats per {self.unit}   {history.seconds:5.0f} s'
+        )
         self.plot(history)
-        if self.data.sample_tokens: tqdm.write(self.sample() + '\n')
+        if self.data.sample_tokens:
+            tqdm.write(self.sample() + '\n')
 
-    def sample(self)->str:
+    def sample(self) -> str:
         generator = torch.Generator(next(self.model.parameters()).device).manual_seed(1)
-        text = ''.join(continue_text(self.model, self.tokenizer, first_prompt(self.tokenizer), self.data.sample_tokens, temperature=0.8, generator=generator))
+        text = ''.join(
+            continue_text(
+                self.model,
+                self.tokenizer,
+                first_prompt(self.tokenizer),
+                self.data.sample_tokens,
+                temperature=0.8,
+                generator=generator,
+            )
+        )
         return '\n'.join('    ' + line for line in text.strip().splitlines())
 
-    def plot(self, history:History)->None:
+    def plot(self, history: History) -> None:
         steps, losses = zip(*history.val)
-        curves = dict(training=(range(1, len(history.losses) + 1), history.losses), validation=(steps, losses))
-        ax = plot_losses({k: v for k, v in curves.items() if len(v[0])}, ylabel=f'loss (nats per {self.unit})')
+        curves = dict(
+            training=(range(1, len(history.losses) + 1), history.losses), validation=(steps, losses)
+        )
+        ax = plot_losses(
+            {k: v for k, v in curves.items() if len(v[0])}, ylabel=f'loss (nats per {self.unit})'
+        )
         save_png(ax, Path(self.data.out_dir) / 'loss.png')
-        if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close(ax.figure)  # in a notebook it would be shown as well
+        if 'matplotlib.pyplot' in sys.modules:
+            sys.modules['matplotlib.pyplot'].close(
+                ax.figure
+            )  # in a notebook it would be shown as well
 
 # %% ../nbs/support/cli.ipynb #c0a41f26
 def resumed(
-    given:dict,     # the flags that were typed
-    defaults:dict,  # of every setting
-)->dict:            # every setting: what the checkpoint says, then the flags
+    given: dict,  # the flags that were typed
+    defaults: dict,  # of every setting
+) -> dict:  # every setting: what the checkpoint says, then the flags
     "The settings of the run in out_dir; another text or another model raises a `ValueError`."
     folder = Path(given.get('out_dir', defaults['out_dir'])) / 'checkpoint'
     about, _, _ = read_checkpoint(folder)
-    changed = sorted(k for k, v in about['config'].items() if k != 'vocab_size' and given.get(k, v) != v)
-    if changed: raise ValueError(f'--{changed[0]} {given[changed[0]]}: the run in {str(folder)!r} has {changed[0]}={about["config"][changed[0]]}; leave the flag out, or start anew without --resume')
+    changed = sorted(
+        k for k, v in about['config'].items() if k != 'vocab_size' and given.get(k, v) != v
+    )
+    if changed:
+        raise ValueError(
+            f'--{changed[0]} {given[changed[0]]}: the run in {str(folder)!r} has {changed[0]}={about["config"][changed[0]]}; leave the flag out, or start anew without --resume'
+        )
     values = defaults | about['data'] | about['train'] | about['config'] | given
     if fingerprint(pick(DataConfig, values)) != about['text']['sha256']:
-        raise ValueError(f'--resume: the run in {str(folder)!r} was trained on another text ({about["text"]["source"]}): name that text with --text, or its shards with --data')
+        raise ValueError(
+            f'--resume: the run in {str(folder)!r} was trained on another text ({about["text"]["source"]}): name that text with --text, or its shards with --data'
+        )
     return values
 
 # %% ../nbs/support/cli.ipynb #254e7eb8
 def train_settings(
-    defaults:dict,        # of every setting
-    given:dict,           # the flags that were typed
-    config:str|None=None, # a JSON file of settings
-    resume:bool=False,    # what the user said
-)->tuple[dict, bool]:     # every setting, and whether to go on from the checkpoint
+    defaults: dict,  # of every setting
+    given: dict,  # the flags that were typed
+    config: str | None = None,  # a JSON file of settings
+    resume: bool = False,  # what the user said
+) -> tuple[dict, bool]:  # every setting, and whether to go on from the checkpoint
     "The settings of a run: anew, taken up because the user said so, or taken up because a worker of this very launch has died."
     values = settings(defaults, given, config)
     resume = should_resume(Path(values['out_dir']) / 'checkpoint', resume)
-    return (resumed(given | dict(out_dir=values['out_dir']), defaults) if resume else values), resume
+    return (
+        resumed(given | dict(out_dir=values['out_dir']), defaults) if resume else values
+    ), resume
 
 # %% ../nbs/support/cli.ipynb #c121001f
 def make_model(
-    values:dict,    # every setting
-    corpus:Corpus,  # has the vocabulary
-)->GPT:
+    values: dict,  # every setting
+    corpus: Corpus,  # has the vocabulary
+) -> GPT:
     "The model that the settings describe, with random weights."
     V = corpus.tokenizer.vocab_size
     c = pick(GPTConfig, values | dict(vocab_size=values['vocab_size'] or V))
-    if c.vocab_size < V: raise ValueError(f'vocab_size={c.vocab_size} is too small: the text has {V} different {corpus.unit}s; leave --vocab_size out')
+    if c.vocab_size < V:
+        raise ValueError(
+            f'vocab_size={c.vocab_size} is too small: the text has {V} different {corpus.unit}s; leave --vocab_size out'
+        )
     return GPT(c, torch.Generator().manual_seed(values['seed']))
 
-def introduce(model:GPT, corpus:Corpus, device:torch.device, processes:int)->None:
+
+def introduce(model: GPT, corpus: Corpus, device: torch.device, processes: int) -> None:
     "Four lines before the first update."
     c, unit = model.config, corpus.unit
     print(f'text    {corpus.about["text"]["source"]}, {corpus.tokenizer.vocab_size} different ones')
     print(f'split   {len(corpus.train):,} {unit}s to train on, {len(corpus.val):,} to validate on')
-    print(f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} {unit}s of context: {model.num_params():,} parameters')
-    print(f'device  {device}, {torch.get_num_threads()} threads' + (f', {processes} processes' if processes > 1 else '') + '\n', flush=True)
+    print(
+        f'model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {c.block_size} {unit}s of context: {model.num_params():,} parameters'
+    )
+    print(
+        f'device  {device}, {torch.get_num_threads()} threads'
+        + (f', {processes} processes' if processes > 1 else '')
+        + '\n',
+        flush=True,
+    )
 
 # %% ../nbs/support/cli.ipynb #0d1d775d
 def callbacks(
-    report:Reporter,   # prints and draws
-    data:DataConfig,   # log, tensorboard, out_dir
-)->tuple:              # on_eval, on_step
+    report: Reporter,  # prints and draws
+    data: DataConfig,  # log, tensorboard, out_dir
+) -> tuple:  # on_eval, on_step
     "Everybody who wants to hear of evaluations and of updates."
     kept = [logs.LogFile(Path(data.out_dir) / 'log.jsonl')] if data.log else []
-    if data.tensorboard: kept.append(logs.TensorBoard(Path(data.out_dir) / 'tensorboard'))
+    if data.tensorboard:
+        kept.append(logs.TensorBoard(Path(data.out_dir) / 'tensorboard'))
     return logs.call_all(*(k.on_eval for k in kept), report), logs.call_all(*kept)
 
 # %% ../nbs/support/cli.ipynb #b0d1749b
-def run_train(values:dict, resume:bool=False)->None:
+def run_train(values: dict, resume: bool = False) -> None:
     "`transformer-course train`: from the settings to a checkpoint, a picture and a sample; in one process or, under torchrun, in many."
-    data, config, folder = pick(DataConfig, values), pick(TrainConfig, values), Path(values['out_dir']) / 'checkpoint'
+    data, config, folder = (
+        pick(DataConfig, values),
+        pick(TrainConfig, values),
+        Path(values['out_dir']) / 'checkpoint',
+    )
     with together(data.parallel, data.device if 'RANK' in os.environ else 'auto') as parallel:
         many = parallel.world_size > 1
-        device, corpus = parallel.device if many else find_device(data.device), load_corpus(data, values['block_size'])
+        device, corpus = (
+            parallel.device if many else find_device(data.device),
+            load_corpus(data, values['block_size']),
+        )
         model = make_model(values, corpus).to(device)
-        if parallel.rank == 0: introduce(model, corpus, device, parallel.world_size)
-        shown = replace(data, sample_tokens=0) if isinstance(parallel, Sharded) else data  # no process has the whole model to write with
+        if parallel.rank == 0:
+            introduce(model, corpus, device, parallel.world_size)
+        shown = (
+            replace(data, sample_tokens=0) if isinstance(parallel, Sharded) else data
+        )  # no process has the whole model to write with
         on_eval, on_step = callbacks(Reporter(model, corpus.tokenizer, shown, corpus.unit), data)
-        train(model, corpus.batches(config.batch_size, model.config.block_size, parallel, device), config,
-              validate=lambda m: evaluate(m, corpus.val, model.config.block_size), on_eval=on_eval, on_step=on_step,
-              folder=folder, resume=resume, about=dict(data=asdict(data), **corpus.about), parallel=parallel)
-        if parallel.rank == 0: print(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
-        if parallel.rank == 0: print('more    transformer-course sample' + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else ''))
+        train(
+            model,
+            corpus.batches(config.batch_size, model.config.block_size, parallel, device),
+            config,
+            validate=lambda m: evaluate(m, corpus.val, model.config.block_size),
+            on_eval=on_eval,
+            on_step=on_step,
+            folder=folder,
+            resume=resume,
+            about=dict(data=asdict(data), **corpus.about),
+            parallel=parallel,
+        )
+        if parallel.rank == 0:
+            print(f'wrote   {folder} and {Path(data.out_dir) / "loss.png"}')
+        if parallel.rank == 0:
+            print(
+                'more    transformer-course sample'
+                + (f' --out_dir {data.out_dir}' if data.out_dir != 'out' else '')
+            )
 
 # %% ../nbs/support/cli.ipynb #be00aa32
-def run_sample(values:dict)->None:
+def run_sample(values: dict) -> None:
     "`transformer-course sample`: text from a checkpoint, printed as it is drawn."
     config = pick(SampleConfig, values)
-    if config.int8 and config.device not in ('auto', 'cpu'): raise ValueError(f'--int8 with --device {config.device}: weights of one byte are for the CPU; leave one of the two out')
+    if config.int8 and config.device not in ('auto', 'cpu'):
+        raise ValueError(
+            f'--int8 with --device {config.device}: weights of one byte are for the CPU; leave one of the two out'
+        )
     model, about = (load_int8 if config.int8 else load_model)(Path(config.out_dir) / 'checkpoint')
-    device, tokenizer = find_device('cpu' if config.int8 else config.device), tokenizer_from(about['tokenizer'])
+    device, tokenizer = (
+        find_device('cpu' if config.int8 else config.device),
+        tokenizer_from(about['tokenizer']),
+    )
     generator = torch.Generator(device).manual_seed(config.seed)
     prompt = config.prompt.replace('\\n', '\n')
     for i in range(config.num_samples):
-        if i: print('\n' + '-' * 20)
-        for piece in continue_text(model.to(device), tokenizer, prompt, config.max_new_tokens, temperature=config.temperature,
-                                   top_k=config.top_k, top_p=config.top_p, generator=generator): print(piece, end='', flush=True)
+        if i:
+            print('\n' + '-' * 20)
+        for piece in continue_text(
+            model.to(device),
+            tokenizer,
+            prompt,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+        ):
+            print(piece, end='', flush=True)
     print()
 
 # %% ../nbs/support/cli.ipynb #8c9889a1
-def run_info(values:dict)->None:
+def run_info(values: dict) -> None:
     "`transformer-course info`: versions, device, and what the checkpoint holds."
-    print(f'transformer_course {__version__}, torch {torch.__version__.split("+")[0]}, Python {platform.python_version()}')
+    print(
+        f'transformer_course {__version__}, torch {torch.__version__.split("+")[0]}, Python {platform.python_version()}'
+    )
     print(f'device      {find_device()}, {torch.get_num_threads()} threads')
     folder = Path(values['out_dir']) / 'checkpoint'
-    if not folder.exists(): return print(f'checkpoint  none in {str(folder)!r}')
+    if not folder.exists():
+        return print(f'checkpoint  none in {str(folder)!r}')
     model, about = load_model(folder)
     c, val = model.config, about['history']['val']
-    print(f'checkpoint  {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}')
+    print(
+        f'checkpoint  {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}'
+    )
     print(f'text        {about["text"]["source"]}')
-    print(f'trained     {about["step"]} of {about["train"]["max_iters"]} steps' + (f', val loss {val[-1][1]:.4f} nats per {"character" if about["tokenizer"]["kind"] == "char" else "token"}' if val else ''))
+    print(
+        f'trained     {about["step"]} of {about["train"]["max_iters"]} steps'
+        + (
+            f', val loss {val[-1][1]:.4f} nats per {"character" if about["tokenizer"]["kind"] == "char" else "token"}'
+            if val
+            else ''
+        )
+    )
 
 # %% ../nbs/support/cli.ipynb #74d483d2
 TRAIN_EXAMPLES = """examples:
@@ -372,42 +582,90 @@ TRAIN_EXAMPLES = """examples:
                                                         the same in eight processes"""
 
 # %% ../nbs/support/cli.ipynb #10114358
-def make_parser()->tuple[Parser, dict]: # the parser, and the defaults of each command
+def make_parser() -> tuple[Parser, dict]:  # the parser, and the defaults of each command
     "The command line: one flag for each field of the dataclasses."
-    parser = Parser(prog='transformer-course', description='Train a small GPT and let it write. Each command has its own --help.')
+    parser = Parser(
+        prog='transformer-course',
+        description='Train a small GPT and let it write. Each command has its own --help.',
+    )
     parser.add_argument('--version', action='version', version=f'transformer_course {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample | info', parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='train | sample | info', parser_class=Parser
+    )
     parts = dict(train=(DataConfig, TrainConfig, GPTConfig), sample=(SampleConfig,))
-    defaults = {name: {k: v for cls in classes for k, v in asdict(cls()).items()} for name, classes in parts.items()}
+    defaults = {
+        name: {k: v for cls in classes for k, v in asdict(cls()).items()}
+        for name, classes in parts.items()
+    }
     defaults['train'] |= SHAKESPEARE
-    about = dict(train='Train a GPT on a text and keep a checkpoint.', sample='Write text with a trained GPT.')
+    about = dict(
+        train='Train a GPT on a text and keep a checkpoint.',
+        sample='Write text with a trained GPT.',
+    )
     for name, classes in parts.items():
-        sub = commands.add_parser(name, usage=f'transformer-course {name} [--FLAG VALUE ...]', help=about[name], description=about[name] + ' Defaults stand in [brackets].', epilog=TRAIN_EXAMPLES if name == 'train' else None)
-        for cls in classes: add_fields(sub, cls, defaults[name])
+        sub = commands.add_parser(
+            name,
+            usage=f'transformer-course {name} [--FLAG VALUE ...]',
+            help=about[name],
+            description=about[name] + ' Defaults stand in [brackets].',
+            epilog=TRAIN_EXAMPLES if name == 'train' else None,
+        )
+        for cls in classes:
+            add_fields(sub, cls, defaults[name])
         if name == 'train':
-            sub.add_argument('--config', metavar='FILE', help='a JSON file of settings; flags win over it')
-            sub.add_argument('--resume', action='store_true', help='go on from the checkpoint in out_dir')
-    info = commands.add_parser('info', help='Show versions, device and checkpoint.', description='Show versions, device and checkpoint.')
+            sub.add_argument(
+                '--config', metavar='FILE', help='a JSON file of settings; flags win over it'
+            )
+            sub.add_argument(
+                '--resume', action='store_true', help='go on from the checkpoint in out_dir'
+            )
+    info = commands.add_parser(
+        'info',
+        help='Show versions, device and checkpoint.',
+        description='Show versions, device and checkpoint.',
+    )
     info.add_argument('--out_dir', default='out', help='where train left its checkpoint [out]')
     return parser, defaults
 
 # %% ../nbs/support/cli.ipynb #1a165978
 def main(
-    argv:list[str]|None=None, # default: what was typed
-)->int:                       # the exit status
+    argv: list[str] | None = None,  # default: what was typed
+) -> int:  # the exit status
     "The console script: 0 when all went well, 2 with one line on stderr for anything a user can mend, 130 after Ctrl-C."
     parser, defaults = make_parser()
-    given = vars(parser.parse_args([re.sub(r'^(--[^=]*)', lambda m: m[1].replace('-', '_').replace('__', '--', 1), a) if a.startswith('--') else a
-                                    for a in (sys.argv[1:] if argv is None else argv)]))
-    command, config, resume = given.pop('command'), given.pop('config', None), given.pop('resume', False)
+    given = vars(
+        parser.parse_args(
+            [
+                re.sub(r'^(--[^=]*)', lambda m: m[1].replace('-', '_').replace('__', '--', 1), a)
+                if a.startswith('--')
+                else a
+                for a in (sys.argv[1:] if argv is None else argv)
+            ]
+        )
+    )
+    command, config, resume = (
+        given.pop('command'),
+        given.pop('config', None),
+        given.pop('resume', False),
+    )
     try:
-        if command == 'train': run_train(*train_settings(defaults['train'], given, config, resume))
-        if command == 'sample': run_sample(settings(defaults['sample'], given))
-        if command == 'info': run_info(given)
+        if command == 'train':
+            run_train(*train_settings(defaults['train'], given, config, resume))
+        if command == 'sample':
+            run_sample(settings(defaults['sample'], given))
+        if command == 'info':
+            run_info(given)
     except (ValueError, OSError) as e:
-        if os.environ.get('RANK', '0') == '0': print(f'transformer-course {command}: error: {" ".join(str(e).split())}', file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':
+            print(
+                f'transformer-course {command}: error: {" ".join(str(e).split())}', file=sys.stderr
+            )
         return 2
     except KeyboardInterrupt:
-        print('\nstopped' + ('; go on with: transformer-course train --resume' if command == 'train' else ''), file=sys.stderr)
+        print(
+            '\nstopped'
+            + ('; go on with: transformer-course train --resume' if command == 'train' else ''),
+            file=sys.stderr,
+        )
         return 130
     return 0

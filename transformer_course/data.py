@@ -14,64 +14,119 @@ from torch import Tensor
 
 # %% ../nbs/00_data.ipynb #af58de9b
 def _read_chars(
-    path:str|Path, # what `CharTokenizer.save` wrote
-)->str:            # the vocabulary
+    path: str | Path,  # what `CharTokenizer.save` wrote
+) -> str:  # the vocabulary
     "The characters in a saved tokenizer's file."
-    try: saved = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError: saved = None
-    if not isinstance(saved, dict) or saved.get('kind') != 'char' or not isinstance(saved.get('chars'), str):
-        raise ValueError(f'path={str(path)!r} is not a saved CharTokenizer: write one with tokenizer.save(path)')
+    try:
+        saved = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        saved = None
+    if (
+        not isinstance(saved, dict)
+        or saved.get('kind') != 'char'
+        or not isinstance(saved.get('chars'), str)
+    ):
+        raise ValueError(
+            f'path={str(path)!r} is not a saved CharTokenizer: write one with tokenizer.save(path)'
+        )
     return saved['chars']
 
 # %% ../nbs/00_data.ipynb #f076b4ba
 class CharTokenizer:
     "One token per distinct character: `encode` turns a string into ids, `decode` turns ids into a string."
-    def __init__(self, chars:str): # the vocabulary, each character once; a character's place is its id
-        if not chars: raise ValueError("chars='' is empty: a tokenizer needs at least one character")
-        if len(set(chars)) != len(chars): raise ValueError(f'chars={chars!r} names a character twice: give each character once')
+
+    def __init__(
+        self, chars: str
+    ):  # the vocabulary, each character once; a character's place is its id
+        if not chars:
+            raise ValueError("chars='' is empty: a tokenizer needs at least one character")
+        if len(set(chars)) != len(chars):
+            raise ValueError(f'chars={chars!r} names a character twice: give each character once')
         self.chars, self.stoi = chars, {c: i for i, c in enumerate(chars)}
+
     @classmethod
-    def train(cls, text:str)->'CharTokenizer': # the vocabulary is the sorted distinct characters of `text`
-        if not text: raise ValueError("text='' is empty: give at least one character to make a vocabulary from")
+    def train(
+        cls, text: str
+    ) -> 'CharTokenizer':  # the vocabulary is the sorted distinct characters of `text`
+        if not text:
+            raise ValueError(
+                "text='' is empty: give at least one character to make a vocabulary from"
+            )
         return cls(''.join(sorted(set(text))))
+
     @property
-    def vocab_size(self)->int: return len(self.chars)
-    def encode(self, text:str)->list[int]: # one id a character
-        if unknown := sorted(set(text) - self.stoi.keys()): raise ValueError(f'text has characters that are not in the vocabulary: {unknown[:5]}; remove them or train a tokenizer on text that has them')
+    def vocab_size(self) -> int:
+        return len(self.chars)
+
+    def encode(self, text: str) -> list[int]:  # one id a character
+        if unknown := sorted(set(text) - self.stoi.keys()):
+            raise ValueError(
+                f'text has characters that are not in the vocabulary: {unknown[:5]}; remove them or train a tokenizer on text that has them'
+            )
         return [self.stoi[c] for c in text]
-    def decode(self, ids)->str: # a list of ids, or a tensor of shape (T,)
+
+    def decode(self, ids) -> str:  # a list of ids, or a tensor of shape (T,)
         ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
-        if ids.dim() != 1: raise ValueError(f'ids has shape {tuple(ids.shape)}: decode one row at a time, shape (T,)')
-        if bad := [i for i in ids.tolist() if not 0 <= i < self.vocab_size]: raise ValueError(f'ids has {bad[0]}, but the vocabulary ends at {self.vocab_size - 1}: was it made by another tokenizer?')
+        if ids.dim() != 1:
+            raise ValueError(
+                f'ids has shape {tuple(ids.shape)}: decode one row at a time, shape (T,)'
+            )
+        if bad := [i for i in ids.tolist() if not 0 <= i < self.vocab_size]:
+            raise ValueError(
+                f'ids has {bad[0]}, but the vocabulary ends at {self.vocab_size - 1}: was it made by another tokenizer?'
+            )
         return ''.join(self.chars[i] for i in ids.tolist())
-    def save(self, path:str|Path)->None: Path(path).write_text(json.dumps({'kind': 'char', 'chars': self.chars}), encoding='utf-8') # a small JSON file
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(
+            json.dumps({'kind': 'char', 'chars': self.chars}), encoding='utf-8'
+        )  # a small JSON file
+
     @classmethod
-    def load(cls, path:str|Path)->'CharTokenizer': return cls(_read_chars(path)) # what `save` wrote
+    def load(cls, path: str | Path) -> 'CharTokenizer':
+        return cls(_read_chars(path))  # what `save` wrote
 
 # %% ../nbs/00_data.ipynb #160b7a47
 def train_val_split(
-    ids:Tensor,             # (N,) token ids of the whole text
-    val_fraction:float=0.1, # the share at the END that is held out
-)->tuple[Tensor, Tensor]:   # (train, val), in the text's order
+    ids: Tensor,  # (N,) token ids of the whole text
+    val_fraction: float = 0.1,  # the share at the END that is held out
+) -> tuple[Tensor, Tensor]:  # (train, val), in the text's order
     "Split a sequence in two by position: the last `val_fraction` is for validation."
-    if not 0 < val_fraction < 1: raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
+    if not 0 < val_fraction < 1:
+        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
     n = int(len(ids) * (1 - val_fraction))
-    if n == 0 or n == len(ids): raise ValueError(f'ids has {len(ids)} tokens: too few to split at val_fraction={val_fraction}')
+    if n == 0 or n == len(ids):
+        raise ValueError(
+            f'ids has {len(ids)} tokens: too few to split at val_fraction={val_fraction}'
+        )
     return ids[:n], ids[n:]
 
 # %% ../nbs/00_data.ipynb #0ce4904c
 def get_batch(
-    data:Tensor,                        # (N,) token ids
-    batch_size:int,                     # B, number of rows
-    block_size:int,                     # T, tokens in a row
-    generator:torch.Generator|None=None,# decides which rows; the same seed gives the same batch
-    device:str|torch.device='cpu',      # where x and y are put
-)->tuple[Tensor, Tensor]:               # x (B, T) and y (B, T), y being x one token later
+    data: Tensor,  # (N,) token ids
+    batch_size: int,  # B, number of rows
+    block_size: int,  # T, tokens in a row
+    generator: torch.Generator
+    | None = None,  # decides which rows; the same seed gives the same batch
+    device: str | torch.device = 'cpu',  # where x and y are put
+) -> tuple[Tensor, Tensor]:  # x (B, T) and y (B, T), y being x one token later
     "Cut `batch_size` random windows out of `data`: x (B, T) and the targets y (B, T), shifted by one."
-    if not isinstance(data, Tensor): raise ValueError(f'data is a {type(data).__name__}: give a tensor of ids, torch.tensor(data)')
-    if data.dim() != 1: raise ValueError(f'data has shape {tuple(data.shape)}: give one long sequence of ids, shape (N,)')
-    if min(batch_size, block_size) < 1: raise ValueError(f'batch_size={batch_size} and block_size={block_size} must both be at least 1')
-    if len(data) <= block_size: raise ValueError(f'data has {len(data)} tokens, too few for block_size={block_size}: give a longer text or a block_size of at most {len(data) - 1}')
+    if not isinstance(data, Tensor):
+        raise ValueError(
+            f'data is a {type(data).__name__}: give a tensor of ids, torch.tensor(data)'
+        )
+    if data.dim() != 1:
+        raise ValueError(
+            f'data has shape {tuple(data.shape)}: give one long sequence of ids, shape (N,)'
+        )
+    if min(batch_size, block_size) < 1:
+        raise ValueError(
+            f'batch_size={batch_size} and block_size={block_size} must both be at least 1'
+        )
+    if len(data) <= block_size:
+        raise ValueError(
+            f'data has {len(data)} tokens, too few for block_size={block_size}: give a longer text or a block_size of at most {len(data) - 1}'
+        )
     starts = torch.randint(len(data) - block_size, (batch_size, 1), generator=generator)
-    places = starts + torch.arange(block_size)                   # (B, 1) + (T,) -> (B, T)
+    places = starts + torch.arange(block_size)  # (B, 1) + (T,) -> (B, T)
     return data[places].to(device), data[places + 1].to(device)  # (B, T), (B, T)

@@ -13,49 +13,59 @@ from .block import MLP
 from .gpt import GPT, GPTConfig, init_weights
 
 # %% ../nbs/25_experts.ipynb #09af5cbd
-def check_experts(n_experts:int, top_k:int)->None:
+def check_experts(n_experts: int, top_k: int) -> None:
     "Raise a `ValueError` if a token cannot ask `top_k` of `n_experts` experts."
-    if not isinstance(n_experts, int) or n_experts < 1: raise ValueError(f'n_experts={n_experts!r} must be a whole number, at least 1: with 1 you have the plain MLP')
-    if not isinstance(top_k, int) or not 1 <= top_k <= n_experts: raise ValueError(f'top_k={top_k!r} must be a whole number from 1 to n_experts={n_experts}: a token cannot ask more experts than there are')
+    if not isinstance(n_experts, int) or n_experts < 1:
+        raise ValueError(
+            f'n_experts={n_experts!r} must be a whole number, at least 1: with 1 you have the plain MLP'
+        )
+    if not isinstance(top_k, int) or not 1 <= top_k <= n_experts:
+        raise ValueError(
+            f'top_k={top_k!r} must be a whole number from 1 to n_experts={n_experts}: a token cannot ask more experts than there are'
+        )
+
 
 def route(
-    logits:Tensor,  # (N, E) what the router says of each expert
-    top_k:int=1,    # k, how many experts a token asks
-)->tuple[Tensor, Tensor, Tensor]: # probs (N, E); weights (N, k) of the answers; chosen (N, k), the experts asked
+    logits: Tensor,  # (N, E) what the router says of each expert
+    top_k: int = 1,  # k, how many experts a token asks
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # probs (N, E); weights (N, k) of the answers; chosen (N, k), the experts asked
     "Softmax, then the k best. One: its probability is its weight (Switch, arXiv 2101.03961); more: weights that sum to 1 (Mixtral, arXiv 2401.04088)."
     check_experts(logits.shape[-1], top_k)
-    probs = logits.softmax(-1)                                                        # (N, E)
-    weights, chosen = probs.topk(top_k, -1)                                           # (N, k)
+    probs = logits.softmax(-1)  # (N, E)
+    weights, chosen = probs.topk(top_k, -1)  # (N, k)
     return probs, weights if top_k == 1 else weights / weights.sum(-1, keepdim=True), chosen
 
 # %% ../nbs/25_experts.ipynb #5f81f2f7
 def dispatch(
-    x:Tensor,               # (N, C) tokens
-    experts:nn.ModuleList,  # E modules, (n, C) -> (n, C)
-    weights:Tensor,         # (N, k)
-    chosen:Tensor,          # (N, k) whole numbers below E
-)->Tensor:                  # (N, C)
+    x: Tensor,  # (N, C) tokens
+    experts: nn.ModuleList,  # E modules, (n, C) -> (n, C)
+    weights: Tensor,  # (N, k)
+    chosen: Tensor,  # (N, k) whole numbers below E
+) -> Tensor:  # (N, C)
     "Each token's weighted sum of the answers of its experts; every expert runs once, on its own tokens (Shazeer 2017, arXiv 1701.06538)."
-    asked = chosen.flatten()                                                          # (N*k,)
-    order = asked.argsort(stable=True)                                                # (N*k,) sorted by expert
-    token = order // chosen.shape[1]                                                  # (N*k,) whose question it is
-    pieces = x[token].split(asked.bincount(minlength=len(experts)).tolist())          # E pieces (n, C)
-    said = torch.cat([expert(piece) for expert, piece in zip(experts, pieces)])       # (N*k, C)
+    asked = chosen.flatten()  # (N*k,)
+    order = asked.argsort(stable=True)  # (N*k,) sorted by expert
+    token = order // chosen.shape[1]  # (N*k,) whose question it is
+    pieces = x[token].split(asked.bincount(minlength=len(experts)).tolist())  # E pieces (n, C)
+    said = torch.cat([expert(piece) for expert, piece in zip(experts, pieces)])  # (N*k, C)
     said = said * weights.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, said.to(x.dtype))
 
 # %% ../nbs/25_experts.ipynb #cb706a45
 def loads(
-    chosen:Tensor, # the experts asked, in any shape
-    n_experts:int, # E
-)->Tensor:         # (E,) sums to 1; a count, so it has no gradient
+    chosen: Tensor,  # the experts asked, in any shape
+    n_experts: int,  # E
+) -> Tensor:  # (E,) sums to 1; a count, so it has no gradient
     "The share of the questions that went to each expert."
     return chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
 
+
 def balance_loss(
-    probs:Tensor,   # (N, E) of the router
-    chosen:Tensor,  # (N, k) the experts asked
-)->Tensor:          # a scalar: 1 when even, E when one expert gets everything
+    probs: Tensor,  # (N, E) of the router
+    chosen: Tensor,  # (N, k) the experts asked
+) -> Tensor:  # a scalar: 1 when even, E when one expert gets everything
     "E times the sum of load times mean probability: its gradient takes from the busy experts (Fedus 2021, arXiv 2101.03961, equation 4)."
     E = probs.shape[-1]
     return E * (loads(chosen, E) * probs.mean(0)).sum()
@@ -63,11 +73,13 @@ def balance_loss(
 # %% ../nbs/25_experts.ipynb #93ea178b
 class Experts(nn.Module):
     "Several MLPs and a router: each token asks `top_k` of them (Switch, Fedus 2021, arXiv 2101.03961). Takes the place of an `MLP`."
-    def __init__(self,
-        n_embd:int,                  # C
-        n_experts:int,               # E
-        top_k:int=1,                 # k, experts that a token asks
-        **mlp,                       # further arguments of `MLP`, the same for each expert: ratio, bias, activation
+
+    def __init__(
+        self,
+        n_embd: int,  # C
+        n_experts: int,  # E
+        top_k: int = 1,  # k, experts that a token asks
+        **mlp,  # further arguments of `MLP`, the same for each expert: ratio, bias, activation
     ):
         super().__init__()
         check_experts(n_experts, top_k)
@@ -76,45 +88,74 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(MLP(n_embd, **mlp) for _ in range(n_experts))
         self.chosen, self.balance = None, None  # of the last call: (B, T, k), and the balance loss
 
-    def forward(self, x:Tensor)->Tensor: # (B, T, C) -> (B, T, C)
-        flat = x.flatten(0, -2)                                                       # (B, T, C) -> (B*T, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        flat = x.flatten(0, -2)  # (B, T, C) -> (B*T, C)
         probs, weights, chosen = route(self.router(flat), self.top_k)
         self.chosen, self.balance = chosen.view(*x.shape[:-1], -1), balance_loss(probs, chosen)
         return dispatch(flat, self.experts, weights, chosen).view_as(x)
 
-    def __getstate__(self)->dict: return {**self.__dict__, 'chosen': None, 'balance': None} # a copy remembers no call
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, 'chosen': None, 'balance': None}  # a copy remembers no call
+
     @property
-    def load(self)->Tensor: # (E,) sums to 1
+    def load(self) -> Tensor:  # (E,) sums to 1
         "The share of the last call's questions that went to each expert."
-        if self.chosen is None: raise ValueError('chosen=None: nobody has been asked yet, so there is no load; call the layer first')
+        if self.chosen is None:
+            raise ValueError(
+                'chosen=None: nobody has been asked yet, so there is no load; call the layer first'
+            )
         return loads(self.chosen, len(self.experts))
 
 # %% ../nbs/25_experts.ipynb #c10c114d
 class ExpertGPT(GPT):
     "A `GPT` whose MLPs are `Experts`; in training its loss has `alpha` times their balance losses in it (Fedus 2021, arXiv 2101.03961)."
-    def __init__(self,
-        config:GPTConfig,                    # mlp_ratio is that of each expert
-        n_experts:int,                       # E
-        top_k:int=1,                         # k, experts that a token asks
-        alpha:float=0.01,                    # weight of the balance loss; 0: none
-        generator:torch.Generator|None=None, # decides the random weights
+
+    def __init__(
+        self,
+        config: GPTConfig,  # mlp_ratio is that of each expert
+        n_experts: int,  # E
+        top_k: int = 1,  # k, experts that a token asks
+        alpha: float = 0.01,  # weight of the balance loss; 0: none
+        generator: torch.Generator | None = None,  # decides the random weights
     ):
         super().__init__(config, generator)
-        if not alpha >= 0: raise ValueError(f'alpha={alpha} must be 0 or more: below 0 the busiest expert would be given more')
+        if not alpha >= 0:
+            raise ValueError(
+                f'alpha={alpha} must be 0 or more: below 0 the busiest expert would be given more'
+            )
         self.alpha = alpha
-        for block in self.transformer.h: block.mlp = Experts(config.n_embd, n_experts, top_k, ratio=config.mlp_ratio, bias=config.bias, activation=config.activation)
+        for block in self.transformer.h:
+            block.mlp = Experts(
+                config.n_embd,
+                n_experts,
+                top_k,
+                ratio=config.mlp_ratio,
+                bias=config.bias,
+                activation=config.activation,
+            )
         init_weights(self, generator)
 
     @property
-    def layers(self)->list[Experts]: return [block.mlp for block in self.transformer.h] # one for each block
+    def layers(self) -> list[Experts]:
+        return [block.mlp for block in self.transformer.h]  # one for each block
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None, cache=None, last_only:bool=False)->tuple[Tensor, Tensor|None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache=None, last_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         logits, loss = super().forward(idx, targets, cache, last_only)
         balance = [layer.balance for layer in self.layers]
-        for layer in self.layers: layer.balance = layer.balance.detach()              # the graph is let go
-        return logits, loss + self.alpha * sum(balance) if self.training and loss is not None else loss
+        for layer in self.layers:
+            layer.balance = layer.balance.detach()  # the graph is let go
+        return logits, loss + self.alpha * sum(
+            balance
+        ) if self.training and loss is not None else loss
 
-    def active_params(self)->int: # those that one token meets
+    def active_params(self) -> int:  # those that one token meets
         "The parameters less those of the experts that a token does not ask."
-        idle = sum(p.numel() for layer in self.layers for expert in layer.experts[layer.top_k:] for p in expert.parameters())
+        idle = sum(
+            p.numel()
+            for layer in self.layers
+            for expert in layer.experts[layer.top_k :]
+            for p in expert.parameters()
+        )
         return self.num_params() - idle

@@ -17,186 +17,264 @@ from .positions import alibi_bias
 
 # %% ../nbs/10_generation.ipynb #f0e756e7
 def filter_logits(
-    logits:Tensor,           # (..., V)
-    top_k:int|None=None,     # keep the k most likely tokens
-    top_p:float|None=None,   # keep the fewest tokens that have this much probability together
-)->Tensor:                   # (..., V), -inf where a token is out
+    logits: Tensor,  # (..., V)
+    top_k: int | None = None,  # keep the k most likely tokens
+    top_p: float | None = None,  # keep the fewest tokens that have this much probability together
+) -> Tensor:  # (..., V), -inf where a token is out
     "Take unlikely tokens out of the draw (top-k: Fan 2018, arXiv 1805.04833; top-p: Holtzman 2020, arXiv 1904.09751)."
-    if top_k is not None and top_k < 1: raise ValueError(f'top_k={top_k} must be at least 1: otherwise nothing is left to draw from')
-    if top_p is not None and not 0 < top_p <= 1: raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+    if top_k is not None and top_k < 1:
+        raise ValueError(
+            f'top_k={top_k} must be at least 1: otherwise nothing is left to draw from'
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]                       # (..., 1) the k-th best
+        least = logits.topk(top_k).values[..., -1:]  # (..., 1) the k-th best
         logits = logits.masked_fill(logits < least, float('-inf'))
     if top_p is not None and top_p < 1:
-        best, order = logits.sort(descending=True, stable=True)           # (..., V)
+        best, order = logits.sort(descending=True, stable=True)  # (..., V)
         probs = best.softmax(-1)
-        out = probs.cumsum(-1) - probs >= top_p                           # the mass before this token is enough already
+        out = probs.cumsum(-1) - probs >= top_p  # the mass before this token is enough already
         logits = logits.masked_fill(out.gather(-1, order.argsort(-1)), float('-inf'))
     return logits
 
 # %% ../nbs/10_generation.ipynb #dfc95928
 def next_token(
-    logits:Tensor,                        # (B, V) of the last position
-    temperature:float=1.0,                # below 1: safer, above 1: wilder, 0: always the likeliest
-    top_k:int|None=None,                  # see `filter_logits`
-    top_p:float|None=None,                # see `filter_logits`
-    generator:torch.Generator|None=None,  # the same seed draws the same token
-)->Tensor:                                # (B, 1)
+    logits: Tensor,  # (B, V) of the last position
+    temperature: float = 1.0,  # below 1: safer, above 1: wilder, 0: always the likeliest
+    top_k: int | None = None,  # see `filter_logits`
+    top_p: float | None = None,  # see `filter_logits`
+    generator: torch.Generator | None = None,  # the same seed draws the same token
+) -> Tensor:  # (B, 1)
     "Draw the next token of each row."
-    if not temperature >= 0: raise ValueError(f'temperature={temperature} must be at least 0: 0 takes the likeliest token, 1 draws from the model as it is')
-    if temperature == 0: return logits.argmax(-1, keepdim=True)
+    if not temperature >= 0:
+        raise ValueError(
+            f'temperature={temperature} must be at least 0: 0 takes the likeliest token, 1 draws from the model as it is'
+        )
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
     probs = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator)
 
 # %% ../nbs/10_generation.ipynb #3e6040dc
 class LayerCache:
     "The keys and values of one attention layer for the tokens so far, in buffers that are set aside once."
-    def __init__(self,
-        room:int=64, # tokens to make room for; twice as much is made when it is full
-    ): self.room, self.length, self.buffers = room, 0, ()
+
+    def __init__(
+        self,
+        room: int = 64,  # tokens to make room for; twice as much is made when it is full
+    ):
+        self.room, self.length, self.buffers = room, 0, ()
 
     @property
-    def k(self)->Tensor: return self.buffers[0][..., :self.length, :]  # (B, H, S, D) a view
-    @property
-    def v(self)->Tensor: return self.buffers[1][..., :self.length, :]  # (B, H, S, D) a view
+    def k(self) -> Tensor:
+        return self.buffers[0][..., : self.length, :]  # (B, H, S, D) a view
 
-    def grow(self, like:Tensor, tokens:int)->None: # new buffers for at least `tokens`, the old content copied
-        new = [like.new_zeros(*like.shape[:-2], max(tokens, self.room), like.shape[-1]) for _ in range(2)]
-        for to, old in zip(new, self.buffers): to[..., :self.length, :] = old[..., :self.length, :]
+    @property
+    def v(self) -> Tensor:
+        return self.buffers[1][..., : self.length, :]  # (B, H, S, D) a view
+
+    def grow(
+        self, like: Tensor, tokens: int
+    ) -> None:  # new buffers for at least `tokens`, the old content copied
+        new = [
+            like.new_zeros(*like.shape[:-2], max(tokens, self.room), like.shape[-1])
+            for _ in range(2)
+        ]
+        for to, old in zip(new, self.buffers):
+            to[..., : self.length, :] = old[..., : self.length, :]
         self.buffers, self.room = new, 2 * new[0].shape[-2]
 
-    def update(self, k:Tensor, v:Tensor)->tuple[Tensor, Tensor]: # new ones (B, H, T, D) -> all (B, H, S, D)
+    def update(
+        self, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:  # new ones (B, H, T, D) -> all (B, H, S, D)
         end = self.length + k.shape[-2]
-        if not self.buffers or end > self.buffers[0].shape[-2]: self.grow(k, end)
-        for buffer, new in zip(self.buffers, (k, v)): buffer[..., self.length:end, :] = new
+        if not self.buffers or end > self.buffers[0].shape[-2]:
+            self.grow(k, end)
+        for buffer, new in zip(self.buffers, (k, v)):
+            buffer[..., self.length : end, :] = new
         self.length = end
         return self.k, self.v
 
 # %% ../nbs/10_generation.ipynb #a4b22bfd
 class KVCache:
     "What a GPT remembers of the tokens so far, so that a new token costs one token's work."
-    def __init__(self,
-        n_layer:int, # one `LayerCache` per block
-        room:int=64, # tokens to make room for
-    ): self.layers, self.last = [LayerCache(room) for _ in range(n_layer)], None
+
+    def __init__(
+        self,
+        n_layer: int,  # one `LayerCache` per block
+        room: int = 64,  # tokens to make room for
+    ):
+        self.layers, self.last = [LayerCache(room) for _ in range(n_layer)], None
 
     @property
-    def length(self)->int: return self.layers[0].length # tokens remembered
+    def length(self) -> int:
+        return self.layers[0].length  # tokens remembered
 
-    def shift(self, x:Tensor)->Tensor: # (B, T, C) -> the vector before each one; needed by `smear`
+    def shift(
+        self, x: Tensor
+    ) -> Tensor:  # (B, T, C) -> the vector before each one; needed by `smear`
         before = torch.zeros_like(x[:, :1]) if self.last is None else self.last
         self.last = x[:, -1:]
         return torch.cat([before, x[:, :-1]], dim=1)
 
 # %% ../nbs/10_generation.ipynb #36c66357
 def last_logits(
-    model:nn.Module,             # `model(idx) -> (logits, None)`; with a `config`, a GPT
-    idx:Tensor,                  # (B, T) the text so far
-    cache:'KVCache|None'=None,   # remembers the first `cache.length` of these tokens
-)->Tensor:                       # (B, V)
+    model: nn.Module,  # `model(idx) -> (logits, None)`; with a `config`, a GPT
+    idx: Tensor,  # (B, T) the text so far
+    cache: 'KVCache|None' = None,  # remembers the first `cache.length` of these tokens
+) -> Tensor:  # (B, V)
     "What the model says of the token after `idx`, in evaluation mode; it is shown at most its block size."
     config, training = getattr(model, 'config', None), model.training
-    if training: model.eval()
+    if training:
+        model.eval()
     try:
-        if config is None: logits, _ = model(idx)
-        elif cache is None: logits, _ = model(idx[:, -config.block_size:], last_only=True)
-        else: logits, _ = model(idx[:, cache.length:], cache=cache, last_only=True)
+        if config is None:
+            logits, _ = model(idx)
+        elif cache is None:
+            logits, _ = model(idx[:, -config.block_size :], last_only=True)
+        else:
+            logits, _ = model(idx[:, cache.length :], cache=cache, last_only=True)
     finally:
-        if training: model.train()
+        if training:
+            model.train()
     return logits[:, -1]
 
 # %% ../nbs/10_generation.ipynb #d3d12235
 def turn_matrices(
-    rotary:nn.Module, # `rotary(x, offset)` of chapter 05
-    ones:Tensor,      # (D,) ones, of the type and on the device wanted
-    room:int,         # for positions 0 to room - 1
-)->Tensor:            # (room, D, D)
+    rotary: nn.Module,  # `rotary(x, offset)` of chapter 05
+    ones: Tensor,  # (D,) ones, of the type and on the device wanted
+    room: int,  # for positions 0 to room - 1
+) -> Tensor:  # (room, D, D)
     "`x @ turn_matrices(...)[t]` is `rotary(x, t)` for a single token."
-    basis = ones.diag()[None, :, None].expand(1, len(ones), room, len(ones))  # each unit vector at each position
+    basis = ones.diag()[None, :, None].expand(
+        1, len(ones), room, len(ones)
+    )  # each unit vector at each position
     return rotary(basis)[0].transpose(0, 1).contiguous()
 
 # %% ../nbs/10_generation.ipynb #7bd860b8
 def attend_last(
-    attn:nn.Module,           # a `MultiHeadAttention`
-    x:Tensor,                 # (B, C) the newest token of each row
-    cache:LayerCache,         # what came before; the new key and value are added
-    turn:Tensor|None=None,    # (D, D) the rotation of this position
-    bias:Tensor|None=None,    # (H, 1, S) added to the scores
-)->Tensor:                    # (B, C)
+    attn: nn.Module,  # a `MultiHeadAttention`
+    x: Tensor,  # (B, C) the newest token of each row
+    cache: LayerCache,  # what came before; the new key and value are added
+    turn: Tensor | None = None,  # (D, D) the rotation of this position
+    bias: Tensor | None = None,  # (H, 1, S) added to the scores
+) -> Tensor:  # (B, C)
     "`MultiHeadAttention` for a single token that may look at all before it, in few operations."
     B, D, Hk = len(x), attn.head_size, attn.n_kv_head
-    qkv = attn.c_attn(x).view(B, -1, D)                                    # (B, H + 2 Hk, D)
+    qkv = attn.c_attn(x).view(B, -1, D)  # (B, H + 2 Hk, D)
     qk, v = qkv[:, :-Hk], qkv[:, -Hk:]
-    if attn.qk_norm: qk = F.layer_norm(qk, (D,))
-    if turn is not None: qk = qk @ turn
-    k, v = cache.update(qk[:, -Hk:, None], v[:, :, None])                  # (B, Hk, S, D)
-    if attn.window is not None: k, v = k[:, :, -attn.window:], v[:, :, -attn.window:]
-    if bias is not None: bias = bias[..., -k.shape[-2]:].view(1, Hk, -1, k.shape[-2])
-    q = qk[:, :-Hk].view(B, Hk, -1, D)                                     # the queries that share a key lie side by side
-    return attn.c_proj(F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale).reshape(B, -1))
+    if attn.qk_norm:
+        qk = F.layer_norm(qk, (D,))
+    if turn is not None:
+        qk = qk @ turn
+    k, v = cache.update(qk[:, -Hk:, None], v[:, :, None])  # (B, Hk, S, D)
+    if attn.window is not None:
+        k, v = k[:, :, -attn.window :], v[:, :, -attn.window :]
+    if bias is not None:
+        bias = bias[..., -k.shape[-2] :].view(1, Hk, -1, k.shape[-2])
+    q = qk[:, :-Hk].view(B, Hk, -1, D)  # the queries that share a key lie side by side
+    return attn.c_proj(
+        F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale).reshape(B, -1)
+    )
 
 # %% ../nbs/10_generation.ipynb #a624e2c1
 class CachedDecoder:
     "Reads a prompt with the model, then one token per row at a time, in fewer operations than the model needs."
-    def __init__(self,
-        model:nn.Module, # a GPT; its weights are used where they are
-        room:int,        # tokens that will be read, at most its block size
+
+    def __init__(
+        self,
+        model: nn.Module,  # a GPT; its weights are used where they are
+        room: int,  # tokens that will be read, at most its block size
     ):
         self.model, self.cache, self.turns = model, KVCache(model.config.n_layer, room), None
-        if model.rotary is not None: self.turns = turn_matrices(model.rotary, model.transformer.wte.weight.new_ones(model.config.n_embd // model.config.n_head), room)
+        if model.rotary is not None:
+            self.turns = turn_matrices(
+                model.rotary,
+                model.transformer.wte.weight.new_ones(model.config.n_embd // model.config.n_head),
+                room,
+            )
 
-    def __call__(self, idx:Tensor)->Tensor: # (B, T) tokens that follow those read so far -> (B, V) logits after them
-        if idx.shape[1] > 1 or self.cache.length == 0: return last_logits(self.model, torch.cat([idx.new_zeros(len(idx), self.cache.length), idx], 1), self.cache)
+    def __call__(
+        self, idx: Tensor
+    ) -> Tensor:  # (B, T) tokens that follow those read so far -> (B, V) logits after them
+        if idx.shape[1] > 1 or self.cache.length == 0:
+            return last_logits(
+                self.model,
+                torch.cat([idx.new_zeros(len(idx), self.cache.length), idx], 1),
+                self.cache,
+            )
         return self.step(idx)
 
-    def step(self, new:Tensor)->Tensor: # (B, 1) -> (B, V)
+    def step(self, new: Tensor) -> Tensor:  # (B, 1) -> (B, V)
         model, parts, t, cache = self.model, self.model.transformer, self.cache.length, self.cache
-        x = parts.wte(new)                                                 # (B, 1, C)
-        if model.config.position == 'learned': x = x + parts.wpe.weight[t]
-        if model.config.position == 'sinusoidal': x = x + model.waves[t]
-        if model.smear is not None: x = x + model.smear * cache.shift(x)
-        x = model.embed_norm(x)[:, 0]                                      # (B, C)
-        bias = alibi_bias(model.config.n_head, 1, t + 1, x.device) if model.config.position == 'alibi' else None
+        x = parts.wte(new)  # (B, 1, C)
+        if model.config.position == 'learned':
+            x = x + parts.wpe.weight[t]
+        if model.config.position == 'sinusoidal':
+            x = x + model.waves[t]
+        if model.smear is not None:
+            x = x + model.smear * cache.shift(x)
+        x = model.embed_norm(x)[:, 0]  # (B, C)
+        bias = (
+            alibi_bias(model.config.n_head, 1, t + 1, x.device)
+            if model.config.position == 'alibi'
+            else None
+        )
         turn = None if self.turns is None else self.turns[t]
         for block, layer in zip(parts.h, cache.layers):
             first = lambda z: attend_last(block.attn, z, layer, turn, bias)
-            if block.norm_first: x = x + first(block.ln_1(x)); x = x + block.mlp(block.ln_2(x))
-            else: x = block.ln_1(x + first(x)); x = block.ln_2(x + block.mlp(x))
+            if block.norm_first:
+                x = x + first(block.ln_1(x))
+                x = x + block.mlp(block.ln_2(x))
+            else:
+                x = block.ln_1(x + first(x))
+                x = block.ln_2(x + block.mlp(x))
         return model.lm_head(parts.ln_f(x))
 
 # %% ../nbs/10_generation.ipynb #1a573ac2
 @torch.no_grad()
 def stream(
-    model:nn.Module,                      # `model(idx) -> (logits, None)`; a GPT is given a cache
-    idx:Tensor,                           # (B, T) the prompt, at least one token
-    max_new_tokens:int,                   # how many tokens to add at most
+    model: nn.Module,  # `model(idx) -> (logits, None)`; a GPT is given a cache
+    idx: Tensor,  # (B, T) the prompt, at least one token
+    max_new_tokens: int,  # how many tokens to add at most
     *,
-    use_cache:bool=True,                  # remember keys and values; the tokens are the same without
-    replace:Callable[[int, Tensor], Tensor]|None=None, # `replace(t, new)`: the tokens (B, 1) to take for position t in place of those drawn
-    **how,                                # temperature, top_k, top_p, generator: see `next_token`
-)->Iterator[Tensor]:                      # (B, 1), one token of each row at a time
+    use_cache: bool = True,  # remember keys and values; the tokens are the same without
+    replace: Callable[[int, Tensor], Tensor]
+    | None = None,  # `replace(t, new)`: the tokens (B, 1) to take for position t in place of those drawn
+    **how,  # temperature, top_k, top_p, generator: see `next_token`
+) -> Iterator[Tensor]:  # (B, 1), one token of each row at a time
     "Yield new tokens as they are drawn; the model is shown at most its block size of the last ones."
-    if idx.dim() != 2 or idx.shape[1] == 0: raise ValueError(f'idx has shape {tuple(idx.shape)}: give a prompt of at least one token as (B, T), for example a newline')
-    if max_new_tokens < 0: raise ValueError(f'max_new_tokens={max_new_tokens} must be at least 0')
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(
+            f'idx has shape {tuple(idx.shape)}: give a prompt of at least one token as (B, T), for example a newline'
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f'max_new_tokens={max_new_tokens} must be at least 0')
     config = getattr(model, 'config', None)
     decoder, new = None, idx
-    if config and use_cache and idx.shape[1] <= config.block_size: decoder = CachedDecoder(model, min(idx.shape[1] + max_new_tokens, config.block_size))
+    if config and use_cache and idx.shape[1] <= config.block_size:
+        decoder = CachedDecoder(model, min(idx.shape[1] + max_new_tokens, config.block_size))
     for _ in range(max_new_tokens):
-        if config and idx.shape[1] > config.block_size: decoder = None  # cropping moves every position: what was remembered no longer fits
-        new = next_token(last_logits(model, idx) if decoder is None else decoder(new), **how)  # (B, V) -> (B, 1)
-        if replace is not None: new = replace(idx.shape[1], new)
+        if config and idx.shape[1] > config.block_size:
+            decoder = None  # cropping moves every position: what was remembered no longer fits
+        new = next_token(
+            last_logits(model, idx) if decoder is None else decoder(new), **how
+        )  # (B, V) -> (B, 1)
+        if replace is not None:
+            new = replace(idx.shape[1], new)
         yield new
         idx = torch.cat([idx, new], dim=1)
 
 # %% ../nbs/10_generation.ipynb #32e21001
 def generate(
-    model:nn.Module,                      # `model(idx) -> (logits, None)`
-    idx:Tensor,                           # (B, T) the prompt, at least one token
-    max_new_tokens:int,                   # how many tokens to add at most
+    model: nn.Module,  # `model(idx) -> (logits, None)`
+    idx: Tensor,  # (B, T) the prompt, at least one token
+    max_new_tokens: int,  # how many tokens to add at most
     *,
-    stop:int|None=None,                   # a row that draws this token is finished, and filled up with it
-    **how,                                # temperature, top_k, top_p, generator, use_cache: see `stream` and `next_token`
-)->Tensor:                                # (B, T + n), n <= max_new_tokens
+    stop: int | None = None,  # a row that draws this token is finished, and filled up with it
+    **how,  # temperature, top_k, top_p, generator, use_cache: see `stream` and `next_token`
+) -> Tensor:  # (B, T + n), n <= max_new_tokens
     "Continue each row of `idx`, up to `max_new_tokens` or until every row has drawn `stop`."
     done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
     for new in stream(model, idx, max_new_tokens, **how):
@@ -204,66 +282,100 @@ def generate(
             new = new.masked_fill(done, stop)
             done |= new == stop
         idx = torch.cat([idx, new], dim=1)
-        if stop is not None and done.all(): break
+        if stop is not None and done.all():
+            break
     return idx
 
 # %% ../nbs/10_generation.ipynb #5268cad6
 def generate_many(
-    model:nn.Module,                      # `model(idx) -> (logits, None)`
-    prompts:list[Tensor],                 # each (T,), of any lengths from one token on
-    max_new_tokens:int,                   # how many tokens to add to each at most
+    model: nn.Module,  # `model(idx) -> (logits, None)`
+    prompts: list[Tensor],  # each (T,), of any lengths from one token on
+    max_new_tokens: int,  # how many tokens to add to each at most
     *,
-    stop:int|None=None,                   # a text ends with this token
-    **how,                                # temperature, top_k, top_p, generator, use_cache: see `stream` and `next_token`
-)->list[Tensor]:                          # each (T + n,), n <= max_new_tokens
+    stop: int | None = None,  # a text ends with this token
+    **how,  # temperature, top_k, top_p, generator, use_cache: see `stream` and `next_token`
+) -> list[Tensor]:  # each (T + n,), n <= max_new_tokens
     "Continue prompts of unequal lengths in one batch: the shortest sets the pace, the others are read along."
-    if not prompts or not all(p.dim() == 1 and len(p) for p in prompts): raise ValueError(f'prompts has shapes {[tuple(p.shape) for p in prompts]}: give a list of (T,) token ids, at least one in each')
-    given = nn.utils.rnn.pad_sequence(prompts, batch_first=True)                           # (B, longest)
-    lengths = torch.tensor([[len(p)] for p in prompts], device=given.device)               # (B, 1)
+    if not prompts or not all(p.dim() == 1 and len(p) for p in prompts):
+        raise ValueError(
+            f'prompts has shapes {[tuple(p.shape) for p in prompts]}: give a list of (T,) token ids, at least one in each'
+        )
+    given = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, longest)
+    lengths = torch.tensor([[len(p)] for p in prompts], device=given.device)  # (B, 1)
     first, longest = int(lengths.min()), given.shape[1]
-    def read_along(t, new): return torch.where(t < lengths, given[:, t:t + 1], new) if t < longest else new
+
+    def read_along(t, new):
+        return torch.where(t < lengths, given[:, t : t + 1], new) if t < longest else new
+
     idx, done = given[:, :first], torch.zeros_like(lengths, dtype=torch.bool)
     for new in stream(model, idx, longest - first + max_new_tokens, replace=read_along, **how):
-        if stop is not None: done |= (new == stop) & (idx.shape[1] >= lengths)
+        if stop is not None:
+            done |= (new == stop) & (idx.shape[1] >= lengths)
         idx = torch.cat([idx, new], dim=1)
-        if done.all(): break
-    texts = [(row[:n + max_new_tokens], n) for row, n in zip(idx, lengths[:, 0].tolist())]
-    ends = [(text[n:] == stop).nonzero()[:1, 0] + n + 1 if stop is not None else [] for text, n in texts]
-    return [text[:int(end[0])] if len(end) else text for (text, _), end in zip(texts, ends)]
+        if done.all():
+            break
+    texts = [(row[: n + max_new_tokens], n) for row, n in zip(idx, lengths[:, 0].tolist())]
+    ends = [
+        (text[n:] == stop).nonzero()[:1, 0] + n + 1 if stop is not None else [] for text, n in texts
+    ]
+    return [text[: int(end[0])] if len(end) else text for (text, _), end in zip(texts, ends)]
 
 # %% ../nbs/10_generation.ipynb #04c93b99
 def accept_or_redraw(
-    p:Tensor, # (V,) the target's probabilities
-    q:Tensor, # (V,) the draft's
-)->tuple[Tensor, Tensor]: # (V,) chance to accept each token; (V,) what to draw from otherwise
+    p: Tensor,  # (V,) the target's probabilities
+    q: Tensor,  # (V,) the draft's
+) -> tuple[Tensor, Tensor]:  # (V,) chance to accept each token; (V,) what to draw from otherwise
     "The rule that makes a draft's token a sample of the target (Leviathan 2023, arXiv 2211.17192, section 2.3)."
     rest = (p - q).clamp(min=0)
     total = rest.sum()
-    return (p / q).clamp(max=1), rest / total if total > 0 else p  # nothing left: p = q, and nothing is rejected
+    return (p / q).clamp(
+        max=1
+    ), rest / total if total > 0 else p  # nothing left: p = q, and nothing is rejected
 
 # %% ../nbs/10_generation.ipynb #cbbd3589
 @torch.no_grad()
 def speculative(
-    target:nn.Module,                     # `model(idx) -> (logits, None)`; the text follows its distribution
-    draft:nn.Module,                      # a cheaper one with the same vocabulary
-    idx:Tensor,                           # (1, T) the prompt; T + max_new_tokens within both block sizes
-    max_new_tokens:int,                   # how many tokens to add
-    ahead:int=4,                          # how many tokens the draft writes at a time
-    generator:torch.Generator|None=None,  # the same seed draws the same text
-)->tuple[Tensor, int]:                    # (1, T + max_new_tokens), and how often the target was asked
+    target: nn.Module,  # `model(idx) -> (logits, None)`; the text follows its distribution
+    draft: nn.Module,  # a cheaper one with the same vocabulary
+    idx: Tensor,  # (1, T) the prompt; T + max_new_tokens within both block sizes
+    max_new_tokens: int,  # how many tokens to add
+    ahead: int = 4,  # how many tokens the draft writes at a time
+    generator: torch.Generator | None = None,  # the same seed draws the same text
+) -> tuple[Tensor, int]:  # (1, T + max_new_tokens), and how often the target was asked
     "Sample from `target` with fewer passes through it (Leviathan 2023, arXiv 2211.17192)."
-    if idx.dim() != 2 or len(idx) != 1 or idx.shape[1] == 0: raise ValueError(f'idx has shape {tuple(idx.shape)}: give one prompt of at least one token as (1, T)')
-    if ahead < 1: raise ValueError(f'ahead={ahead} must be at least 1: the draft has to write something')
+    if idx.dim() != 2 or len(idx) != 1 or idx.shape[1] == 0:
+        raise ValueError(
+            f'idx has shape {tuple(idx.shape)}: give one prompt of at least one token as (1, T)'
+        )
+    if ahead < 1:
+        raise ValueError(f'ahead={ahead} must be at least 1: the draft has to write something')
     end, calls = idx.shape[1] + max_new_tokens, 0
     while idx.shape[1] < end:
         start, guesses, q = idx.shape[1], idx, []
         for _ in range(min(ahead, end - start)):
-            q.append(last_logits(draft, guesses).softmax(-1)[0])                          # (V,)
-            guesses = torch.cat([guesses, torch.multinomial(q[-1], 1, generator=generator)[None]], 1)
-        p, calls = target(guesses)[0][0, start - 1:].softmax(-1), calls + 1               # (ahead + 1, V)
+            q.append(last_logits(draft, guesses).softmax(-1)[0])  # (V,)
+            guesses = torch.cat(
+                [guesses, torch.multinomial(q[-1], 1, generator=generator)[None]], 1
+            )
+        p, calls = target(guesses)[0][0, start - 1 :].softmax(-1), calls + 1  # (ahead + 1, V)
         for pi, qi, token in zip(p, q, guesses[0, start:]):
-            (accept, redraw), chance = accept_or_redraw(pi, qi), torch.rand((), generator=generator, device=idx.device)
-            idx = torch.cat([idx, (token if chance < accept[token] else torch.multinomial(redraw, 1, generator=generator)).view(1, 1)], 1)
-            if chance >= accept[token]: break
-        else: idx = torch.cat([idx, torch.multinomial(p[-1], 1, generator=generator)[None]], 1)
+            (accept, redraw), chance = (
+                accept_or_redraw(pi, qi),
+                torch.rand((), generator=generator, device=idx.device),
+            )
+            idx = torch.cat(
+                [
+                    idx,
+                    (
+                        token
+                        if chance < accept[token]
+                        else torch.multinomial(redraw, 1, generator=generator)
+                    ).view(1, 1),
+                ],
+                1,
+            )
+            if chance >= accept[token]:
+                break
+        else:
+            idx = torch.cat([idx, torch.multinomial(p[-1], 1, generator=generator)[None]], 1)
     return idx[:, :end], calls

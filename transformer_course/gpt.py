@@ -22,178 +22,315 @@ from .positions import Rotary, alibi_bias, sinusoidal
 @dataclass
 class GPTConfig:
     "The shape of a GPT; the defaults are GPT-2 small's (124,439,808 parameters)."
-    block_size:int = 1024         # T, the longest context in tokens
-    vocab_size:int = 50257        # V, number of different tokens
-    n_layer:int = 12              # number of blocks
-    n_head:int = 12               # H, attention heads per block
-    n_embd:int = 768              # C, width of the residual stream
-    dropout:float = 0.0           # share of activations dropped in training
-    attn_dropout:float = 0.0      # share of attention weights dropped in training
-    bias:bool = True              # biases in linear maps and norms
-    position:str = 'learned'      # learned, sinusoidal, rotary, alibi or none
-    norm:str = 'layer'            # layer, plain (without weights), rms or none
-    norm_first:bool = True        # pre-norm; False: post-norm, as in 2017
-    embed_norm:bool = False       # a norm right after the embedding
-    activation:str = 'gelu_tanh'  # gelu_tanh, gelu, relu or relu2
-    mlp_ratio:float = 4.0         # hidden units of the MLP per channel
-    n_kv_head:int|None = None     # heads of keys and values; default n_head
-    window:int|None = None        # attention sees this many last tokens; default all
-    qk_norm:bool = False          # normalise queries and keys
-    attn_scale:float = 1.0        # factor on attention's 1/sqrt(head size)
-    rope_base:float = 10000.0     # rotary positions: the slowest pair turns once in about 2 pi rope_base tokens
-    tie_weights:bool = True       # the head shares the token embedding's weights
-    smear:bool = False            # add a learned share of the token before to each embedding
-    zero_init:bool = False        # blocks, and a head of its own, start by contributing nothing
+
+    block_size: int = 1024  # T, the longest context in tokens
+    vocab_size: int = 50257  # V, number of different tokens
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # H, attention heads per block
+    n_embd: int = 768  # C, width of the residual stream
+    dropout: float = 0.0  # share of activations dropped in training
+    attn_dropout: float = 0.0  # share of attention weights dropped in training
+    bias: bool = True  # biases in linear maps and norms
+    position: str = 'learned'  # learned, sinusoidal, rotary, alibi or none
+    norm: str = 'layer'  # layer, plain (without weights), rms or none
+    norm_first: bool = True  # pre-norm; False: post-norm, as in 2017
+    embed_norm: bool = False  # a norm right after the embedding
+    activation: str = 'gelu_tanh'  # gelu_tanh, gelu, relu or relu2
+    mlp_ratio: float = 4.0  # hidden units of the MLP per channel
+    n_kv_head: int | None = None  # heads of keys and values; default n_head
+    window: int | None = None  # attention sees this many last tokens; default all
+    qk_norm: bool = False  # normalise queries and keys
+    attn_scale: float = 1.0  # factor on attention's 1/sqrt(head size)
+    rope_base: float = (
+        10000.0  # rotary positions: the slowest pair turns once in about 2 pi rope_base tokens
+    )
+    tie_weights: bool = True  # the head shares the token embedding's weights
+    smear: bool = False  # add a learned share of the token before to each embedding
+    zero_init: bool = False  # blocks, and a head of its own, start by contributing nothing
 
 # %% ../nbs/07_gpt.ipynb #7cafd4d9
 POSITIONS = ('learned', 'sinusoidal', 'rotary', 'alibi', 'none')
 SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')
 
-def check_config(config:'GPTConfig')->None:
+
+def check_config(config: 'GPTConfig') -> None:
     "Raise a `ValueError` that names the first field of `config` that cannot be right."
     c, number = config, lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+
     def need(ok, name, mend):
-        if not ok: raise ValueError(f'{name}={getattr(c, name)!r} {mend}')
+        if not ok:
+            raise ValueError(f'{name}={getattr(c, name)!r} {mend}')
+
     for name in (*SIZES, *(n for n in ('n_kv_head', 'window') if getattr(c, n) is not None)):
         x = getattr(c, name)
-        need(number(x) and isinstance(x, int) and x >= 1, name, 'must be at least 1, and a whole number')
-    for name in ('dropout', 'attn_dropout'): need(number(getattr(c, name)) and 0 <= getattr(c, name) < 1, name, 'must be at least 0 and below 1')
-    for name in ('mlp_ratio', 'attn_scale', 'rope_base'): need(number(getattr(c, name)) and 0 < getattr(c, name) < math.inf, name, 'must be a number above 0')
-    for f in fields(c): need(not isinstance(f.default, bool) or isinstance(getattr(c, f.name), bool), f.name, 'must be True or False')
+        need(
+            number(x) and isinstance(x, int) and x >= 1,
+            name,
+            'must be at least 1, and a whole number',
+        )
+    for name in ('dropout', 'attn_dropout'):
+        need(
+            number(getattr(c, name)) and 0 <= getattr(c, name) < 1,
+            name,
+            'must be at least 0 and below 1',
+        )
+    for name in ('mlp_ratio', 'attn_scale', 'rope_base'):
+        need(
+            number(getattr(c, name)) and 0 < getattr(c, name) < math.inf,
+            name,
+            'must be a number above 0',
+        )
+    for f in fields(c):
+        need(
+            not isinstance(f.default, bool) or isinstance(getattr(c, f.name), bool),
+            f.name,
+            'must be True or False',
+        )
     need(c.position in POSITIONS, 'position', f'is not known: choose one of {", ".join(POSITIONS)}')
-    need(c.activation in ACTIVATIONS, 'activation', f'is not known: choose one of {", ".join(ACTIVATIONS)}')
+    need(
+        c.activation in ACTIVATIONS,
+        'activation',
+        f'is not known: choose one of {", ".join(ACTIVATIONS)}',
+    )
     make_norm(c.norm, 1)
-    need(c.n_embd % c.n_head == 0, 'n_embd', f'is not divisible by n_head={c.n_head}: make n_embd a multiple of n_head')
-    need(c.n_head % (c.n_kv_head or c.n_head) == 0, 'n_kv_head', f'does not divide n_head={c.n_head}: every key/value head must serve the same number of queries')
-    need(c.position != 'rotary' or c.n_embd // c.n_head % 2 == 0, 'n_embd', f'with n_head={c.n_head} makes heads of size {c.n_embd // c.n_head}: rotary positions turn channels in pairs and need an even size')
-    need(c.position != 'sinusoidal' or c.n_embd % 2 == 0, 'n_embd', 'must be even: each frequency of sinusoidal positions takes a sine and a cosine')
-    need(int(c.mlp_ratio * c.n_embd) >= 1, 'mlp_ratio', f'leaves no hidden unit at n_embd={c.n_embd}: make it larger')
+    need(
+        c.n_embd % c.n_head == 0,
+        'n_embd',
+        f'is not divisible by n_head={c.n_head}: make n_embd a multiple of n_head',
+    )
+    need(
+        c.n_head % (c.n_kv_head or c.n_head) == 0,
+        'n_kv_head',
+        f'does not divide n_head={c.n_head}: every key/value head must serve the same number of queries',
+    )
+    need(
+        c.position != 'rotary' or c.n_embd // c.n_head % 2 == 0,
+        'n_embd',
+        f'with n_head={c.n_head} makes heads of size {c.n_embd // c.n_head}: rotary positions turn channels in pairs and need an even size',
+    )
+    need(
+        c.position != 'sinusoidal' or c.n_embd % 2 == 0,
+        'n_embd',
+        'must be even: each frequency of sinusoidal positions takes a sine and a cosine',
+    )
+    need(
+        int(c.mlp_ratio * c.n_embd) >= 1,
+        'mlp_ratio',
+        f'leaves no hidden unit at n_embd={c.n_embd}: make it larger',
+    )
 
 # %% ../nbs/07_gpt.ipynb #a70939ca
 def config_from_dict(
-    cls,         # a dataclass, such as `GPTConfig`
-    values:dict, # some or all of its fields
-):               # an instance of `cls`
+    cls,  # a dataclass, such as `GPTConfig`
+    values: dict,  # some or all of its fields
+):  # an instance of `cls`
     "A dataclass `cls` from a dict of its fields; unknown names raise a `ValueError` (a config of another version)."
     unknown = sorted(set(values) - {f.name for f in fields(cls)})
-    if unknown: raise ValueError(f'{cls.__name__} has no field {unknown[0]!r}: was the config written by another version?')
+    if unknown:
+        raise ValueError(
+            f'{cls.__name__} has no field {unknown[0]!r}: was the config written by another version?'
+        )
     return cls(**values)
 
 # %% ../nbs/07_gpt.ipynb #40a135c1
-def make_blocks(config:GPTConfig)->nn.ModuleList: # `n_layer` blocks
+def make_blocks(config: GPTConfig) -> nn.ModuleList:  # `n_layer` blocks
     "The stack of blocks that `config` describes."
-    return nn.ModuleList(Block(
-        config.n_embd, config.n_head, norm=config.norm, norm_first=config.norm_first, mlp_ratio=config.mlp_ratio,
-        activation=config.activation, bias=config.bias, dropout=config.dropout, n_kv_head=config.n_kv_head, window=config.window,
-        attn_dropout=config.attn_dropout, qk_norm=config.qk_norm, scale=config.attn_scale) for _ in range(config.n_layer))
+    return nn.ModuleList(
+        Block(
+            config.n_embd,
+            config.n_head,
+            norm=config.norm,
+            norm_first=config.norm_first,
+            mlp_ratio=config.mlp_ratio,
+            activation=config.activation,
+            bias=config.bias,
+            dropout=config.dropout,
+            n_kv_head=config.n_kv_head,
+            window=config.window,
+            attn_dropout=config.attn_dropout,
+            qk_norm=config.qk_norm,
+            scale=config.attn_scale,
+        )
+        for _ in range(config.n_layer)
+    )
 
 # %% ../nbs/07_gpt.ipynb #6dc68dfd
 def init_weights(
-    model:nn.Module,                     # a GPT, or anything with blocks and a `config`
-    generator:torch.Generator|None=None, # decides the random weights
-)->None:
+    model: nn.Module,  # a GPT, or anything with blocks and a `config`
+    generator: torch.Generator | None = None,  # decides the random weights
+) -> None:
     "GPT-2's initialisation: normal(0, 0.02), the maps into the residual stream smaller by sqrt(2 n_layer); or zero with `zero_init`."
     config = model.config
     for name, p in model.named_parameters():
-        if name.endswith('bias') or name == 'smear': nn.init.zeros_(p)
-        elif p.dim() < 2: nn.init.ones_(p)                       # factors of the norms
-        elif config.zero_init and (name.endswith('c_proj.weight') or name == 'lm_head.weight'): nn.init.zeros_(p)
-        else: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02, generator=generator)
+        if name.endswith('bias') or name == 'smear':
+            nn.init.zeros_(p)
+        elif p.dim() < 2:
+            nn.init.ones_(p)  # factors of the norms
+        elif config.zero_init and (name.endswith('c_proj.weight') or name == 'lm_head.weight'):
+            nn.init.zeros_(p)
+        else:
+            nn.init.normal_(
+                p,
+                std=0.02 / math.sqrt(2 * config.n_layer)
+                if name.endswith('c_proj.weight')
+                else 0.02,
+                generator=generator,
+            )
 
 # %% ../nbs/07_gpt.ipynb #7e836f2d
 def check_ids(
-    idx:Tensor,        # (B, T) token ids
-    config:GPTConfig,  # vocab_size and block_size
-    start:int=0,       # tokens that came before, in a cache
-)->None:
+    idx: Tensor,  # (B, T) token ids
+    config: GPTConfig,  # vocab_size and block_size
+    start: int = 0,  # tokens that came before, in a cache
+) -> None:
     "Raise a `ValueError` that says what is wrong with `idx`."
-    if idx.dim() != 2 or idx.numel() == 0: raise ValueError(f'idx has shape {tuple(idx.shape)}: give token ids as (B, T), at least one token, for example idx[None]')
-    if idx.dtype not in (torch.long, torch.int): raise ValueError(f'idx has dtype {idx.dtype}: token ids are whole numbers, for example idx.long()')
+    if idx.dim() != 2 or idx.numel() == 0:
+        raise ValueError(
+            f'idx has shape {tuple(idx.shape)}: give token ids as (B, T), at least one token, for example idx[None]'
+        )
+    if idx.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f'idx has dtype {idx.dtype}: token ids are whole numbers, for example idx.long()'
+        )
     end, T, V = start + idx.shape[1], config.block_size, config.vocab_size
-    if end > T: raise ValueError(f'idx makes {end} tokens, but block_size={T}: crop it, for example idx[:, -{T}:]')
-    if idx.device.type != 'cpu' or torch.compiler.is_compiling(): return  # looking at values would stop an accelerator
+    if end > T:
+        raise ValueError(
+            f'idx makes {end} tokens, but block_size={T}: crop it, for example idx[:, -{T}:]'
+        )
+    if idx.device.type != 'cpu' or torch.compiler.is_compiling():
+        return  # looking at values would stop an accelerator
     low, high = (int(i) for i in idx.aminmax())
-    if low < 0 or high >= V: raise ValueError(f'idx holds {low if low < 0 else high}, but vocab_size={V}: ids run from 0 to {V - 1}; was the text encoded by another tokenizer?')
+    if low < 0 or high >= V:
+        raise ValueError(
+            f'idx holds {low if low < 0 else high}, but vocab_size={V}: ids run from 0 to {V - 1}; was the text encoded by another tokenizer?'
+        )
 
 # %% ../nbs/07_gpt.ipynb #64dcc0d0
 def embed(
-    model:nn.Module,   # a GPT
-    idx:Tensor,        # (B, T) token ids
-    cache=None,        # earlier tokens: `.length` and, for smear, `.shift(x)`
-)->Tensor:             # (B, T, C) what enters the first block
+    model: nn.Module,  # a GPT
+    idx: Tensor,  # (B, T) token ids
+    cache=None,  # earlier tokens: `.length` and, for smear, `.shift(x)`
+) -> Tensor:  # (B, T, C) what enters the first block
     "Token vectors plus what the config says of positions."
     config, parts = model.config, model.transformer
     start = 0 if cache is None else cache.length
     check_ids(idx, config, start)
     end = start + idx.shape[1]
-    x = parts.wte(idx)                                                                     # (B, T) -> (B, T, C)
-    if config.position == 'learned': x = x + parts.wpe.weight[start:end]                   # (B, T, C) + (T, C)
-    if config.position == 'sinusoidal': x = x + model.waves[start:end]
-    if config.smear: x = x + model.smear * (F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.shift(x))
+    x = parts.wte(idx)  # (B, T) -> (B, T, C)
+    if config.position == 'learned':
+        x = x + parts.wpe.weight[start:end]  # (B, T, C) + (T, C)
+    if config.position == 'sinusoidal':
+        x = x + model.waves[start:end]
+    if config.smear:
+        x = x + model.smear * (F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.shift(x))
     return parts.drop(model.embed_norm(x))
 
 # %% ../nbs/07_gpt.ipynb #b79db3ec
 def run_blocks(
-    model:nn.Module,   # a GPT
-    x:Tensor,          # (B, T, C) what `embed` returned
-    cache=None,        # earlier tokens: `.length`, and `.layers` with one cache per block
-)->Tensor:             # (B, T, C) the residual stream at its end
+    model: nn.Module,  # a GPT
+    x: Tensor,  # (B, T, C) what `embed` returned
+    cache=None,  # earlier tokens: `.length`, and `.layers` with one cache per block
+) -> Tensor:  # (B, T, C) the residual stream at its end
     "Send the residual stream through all blocks."
     start, n_head = 0 if cache is None else cache.length, model.config.n_head
-    bias = alibi_bias(n_head, x.shape[1], start + x.shape[1], x.device) if model.config.position == 'alibi' else None  # (H, T, S)
+    bias = (
+        alibi_bias(n_head, x.shape[1], start + x.shape[1], x.device)
+        if model.config.position == 'alibi'
+        else None
+    )  # (H, T, S)
     for i, block in enumerate(model.transformer.h):
-        x = block(x, mask=bias, rotary=model.rotary, cache=None if cache is None else cache.layers[i])
+        x = block(
+            x, mask=bias, rotary=model.rotary, cache=None if cache is None else cache.layers[i]
+        )
     return x
 
 # %% ../nbs/07_gpt.ipynb #b94f4e6e
 class LanguageModel(nn.Module):
     "What every model here can do beside predicting: count its parameters, and sort them for AdamW."
-    def num_params(self, non_embedding:bool=False)->int: # without the position table, as nanoGPT counts, if `non_embedding`
-        n = sum(p.numel() for p in self.parameters())
-        return n - sum(p.numel() for name, p in self.named_parameters() if non_embedding and name.endswith('wpe.weight'))
 
-    def configure_optimizers(self,
-        weight_decay:float,                   # on matrices and embeddings only
-        learning_rate:float,                  # AdamW's step size
-        betas:tuple[float, float]=(0.9, 0.95),# AdamW's two averages
-        device_type:str='cpu',                # on 'cuda' the fused kernel is used
-    )->torch.optim.AdamW:                     # biases, norms and other vectors are not decayed
-        matrices, vectors = ([p for p in self.parameters() if p.requires_grad and (p.dim() >= 2) == big] for big in (True, False))
-        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    def num_params(
+        self, non_embedding: bool = False
+    ) -> int:  # without the position table, as nanoGPT counts, if `non_embedding`
+        n = sum(p.numel() for p in self.parameters())
+        return n - sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if non_embedding and name.endswith('wpe.weight')
+        )
+
+    def configure_optimizers(
+        self,
+        weight_decay: float,  # on matrices and embeddings only
+        learning_rate: float,  # AdamW's step size
+        betas: tuple[float, float] = (0.9, 0.95),  # AdamW's two averages
+        device_type: str = 'cpu',  # on 'cuda' the fused kernel is used
+    ) -> torch.optim.AdamW:  # biases, norms and other vectors are not decayed
+        matrices, vectors = (
+            [p for p in self.parameters() if p.requires_grad and (p.dim() >= 2) == big]
+            for big in (True, False)
+        )
+        groups = [
+            dict(params=matrices, weight_decay=weight_decay),
+            dict(params=vectors, weight_decay=0.0),
+        ]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
 
 # %% ../nbs/07_gpt.ipynb #1e39d7a3
 class GPT(LanguageModel):
     "A decoder-only Transformer: `model(idx, targets) -> (logits, loss)`; parameters are named as in GPT-2."
-    def __init__(self,
-        config:GPTConfig|None=None,          # default: GPT-2 small
-        generator:torch.Generator|None=None, # decides the random weights
+
+    def __init__(
+        self,
+        config: GPTConfig | None = None,  # default: GPT-2 small
+        generator: torch.Generator | None = None,  # decides the random weights
     ):
         super().__init__()
         self.config = config = config or GPTConfig()
         check_config(config)
         V, C, T = config.vocab_size, config.n_embd, config.block_size
-        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(V, C), drop=nn.Dropout(config.dropout), h=make_blocks(config), ln_f=make_norm(config.norm, C, config.bias)))
-        if config.position == 'learned': self.transformer['wpe'] = nn.Embedding(T, C)
-        if config.position == 'sinusoidal': self.register_buffer('waves', sinusoidal(T, C), persistent=False)
-        self.rotary = Rotary(C // config.n_head, T, config.rope_base) if config.position == 'rotary' else None
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(V, C),
+                drop=nn.Dropout(config.dropout),
+                h=make_blocks(config),
+                ln_f=make_norm(config.norm, C, config.bias),
+            )
+        )
+        if config.position == 'learned':
+            self.transformer['wpe'] = nn.Embedding(T, C)
+        if config.position == 'sinusoidal':
+            self.register_buffer('waves', sinusoidal(T, C), persistent=False)
+        self.rotary = (
+            Rotary(C // config.n_head, T, config.rope_base) if config.position == 'rotary' else None
+        )
         self.embed_norm = make_norm('plain' if config.embed_norm else 'none', C)
         self.smear = nn.Parameter(torch.zeros(C)) if config.smear else None
         self.lm_head = nn.Linear(C, V, bias=False)
-        if config.tie_weights: self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
         init_weights(self, generator)
 
-    def forward(self, idx:Tensor, targets:Tensor|None=None, cache=None, last_only:bool=False)->tuple[Tensor, Tensor|None]:
-        x = run_blocks(self, embed(self, idx, cache), cache)                   # (B, T) -> (B, T, C)
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache=None, last_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        x = run_blocks(self, embed(self, idx, cache), cache)  # (B, T) -> (B, T, C)
         x = self.transformer.ln_f(x[:, -1:] if last_only else x)
-        logits = self.lm_head(x)                                               # (B, T, C) -> (B, T, V)
+        logits = self.lm_head(x)  # (B, T, C) -> (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # %% ../nbs/07_gpt.ipynb #fe821edc
-def count_params(config:GPTConfig)->int:
+def count_params(config: GPTConfig) -> int:
     "The number of parameters of `GPT(config)`, by formula."
-    C, L, V, bias, hidden = config.n_embd, config.n_layer, config.vocab_size, int(config.bias), int(config.mlp_ratio * config.n_embd)
-    kv = C // config.n_head * (config.n_kv_head or config.n_head)        # channels of the keys, and of the values
+    C, L, V, bias, hidden = (
+        config.n_embd,
+        config.n_layer,
+        config.vocab_size,
+        int(config.bias),
+        int(config.mlp_ratio * config.n_embd),
+    )
+    kv = (
+        C // config.n_head * (config.n_kv_head or config.n_head)
+    )  # channels of the keys, and of the values
     attention = C * (C + 2 * kv) + bias * (C + 2 * kv) + C * C + bias * C
     mlp = 2 * C * hidden + bias * (hidden + C)
     norm = {'layer': C + bias * C, 'rms': C}.get(config.norm, 0)
@@ -203,19 +340,33 @@ def count_params(config:GPTConfig)->int:
 
 # %% ../nbs/07_gpt.ipynb #7546e370
 def load_gpt2_weights(
-    model:GPT,                     # of GPT-2's architecture and the right shape
-    state_dict:dict[str, Tensor],  # as in Hugging Face's `GPT2LMHeadModel` or OpenAI's GPT-2
-)->None:
+    model: GPT,  # of GPT-2's architecture and the right shape
+    state_dict: dict[str, Tensor],  # as in Hugging Face's `GPT2LMHeadModel` or OpenAI's GPT-2
+) -> None:
     "Copy GPT-2's weights into `model`: the same names, but GPT-2 stores its linear maps transposed."
     own = model.state_dict()
-    given = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v for k, v in state_dict.items()}
-    given = {k: v for k, v in given.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}  # old files hold the causal mask too
-    if 'transformer.wte.weight' in given: given.setdefault('lm_head.weight', given['transformer.wte.weight'])
-    for name in sorted(set(own) - set(given)): raise ValueError(f'state_dict lacks {name!r}: is it a GPT-2 of the same number of layers?')
-    for name in sorted(set(given) - set(own)): raise ValueError(f'state_dict has {name!r}, the model does not: make the model with the same GPTConfig')
+    given = {
+        k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v
+        for k, v in state_dict.items()
+    }
+    given = {
+        k: v for k, v in given.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))
+    }  # old files hold the causal mask too
+    if 'transformer.wte.weight' in given:
+        given.setdefault('lm_head.weight', given['transformer.wte.weight'])
+    for name in sorted(set(own) - set(given)):
+        raise ValueError(f'state_dict lacks {name!r}: is it a GPT-2 of the same number of layers?')
+    for name in sorted(set(given) - set(own)):
+        raise ValueError(
+            f'state_dict has {name!r}, the model does not: make the model with the same GPTConfig'
+        )
     linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
     given = {name: w.T if name.endswith(linear) else w for name, w in given.items()}
     for name, p in own.items():
-        if given[name].shape != p.shape: raise ValueError(f'state_dict has {name} of shape {tuple(given[name].shape)}, the model needs {tuple(p.shape)}: make the model with the same GPTConfig')
+        if given[name].shape != p.shape:
+            raise ValueError(
+                f'state_dict has {name} of shape {tuple(given[name].shape)}, the model needs {tuple(p.shape)}: make the model with the same GPTConfig'
+            )
     with torch.no_grad():
-        for name, p in own.items(): p.copy_(given[name])
+        for name, p in own.items():
+            p.copy_(given[name])

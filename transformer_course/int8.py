@@ -18,87 +18,140 @@ from .gpt import GPT, GPTConfig, config_from_dict
 
 # %% ../nbs/support/int8.ipynb #9a2a7dc3
 def quantize_rows(
-    weight:Tensor, # (O, I)
-)->tuple[Tensor, Tensor]: # whole numbers from -127 to 127 (O, I), int8; scales (O,), so that scale * numbers is nearly `weight`
+    weight: Tensor,  # (O, I)
+) -> tuple[
+    Tensor, Tensor
+]:  # whole numbers from -127 to 127 (O, I), int8; scales (O,), so that scale * numbers is nearly `weight`
     "Each row as whole numbers of steps; the step is the row's largest size over 127."
-    if weight.dim() != 2 or not weight.is_floating_point(): raise ValueError(f'weight has shape {tuple(weight.shape)} and dtype {weight.dtype}: give a matrix of floats (O, I), one row an output')
-    if not weight.isfinite().all(): raise ValueError('weight holds numbers that are not finite: train again, or use an earlier checkpoint')
-    scale = weight.abs().amax(1) / 127                                    # (O,)
-    parts = zip(weight.split(4096), scale.clamp(min=1e-30).split(4096))   # a part at a time: a large vocabulary needs no second copy in floats
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f'weight has shape {tuple(weight.shape)} and dtype {weight.dtype}: give a matrix of floats (O, I), one row an output'
+        )
+    if not weight.isfinite().all():
+        raise ValueError(
+            'weight holds numbers that are not finite: train again, or use an earlier checkpoint'
+        )
+    scale = weight.abs().amax(1) / 127  # (O,)
+    parts = zip(
+        weight.split(4096), scale.clamp(min=1e-30).split(4096)
+    )  # a part at a time: a large vocabulary needs no second copy in floats
     return torch.cat([(w / s[:, None]).round().to(torch.int8) for w, s in parts]), scale
 
 # %% ../nbs/support/int8.ipynb #bf6794e5
 def pack(
-    w8:Tensor,          # (O, I) int8
-    scale:Tensor,       # (O,)
-    bias:Tensor|None,   # (O,)
-):                      # what the kernel wants; None where there is no kernel
+    w8: Tensor,  # (O, I) int8
+    scale: Tensor,  # (O,)
+    bias: Tensor | None,  # (O,)
+):  # what the kernel wants; None where there is no kernel
     "Hand bytes over to PyTorch's CPU kernel for products of bytes."
-    if w8.device.type != 'cpu' or torch.backends.quantized.engine == 'none' or not hasattr(torch.ops.quantized, 'linear_dynamic'): return None
+    if (
+        w8.device.type != 'cpu'
+        or torch.backends.quantized.engine == 'none'
+        or not hasattr(torch.ops.quantized, 'linear_dynamic')
+    ):
+        return None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the tensor type that the kernel takes is marked as old; the kernel is not
-        tensor = torch._make_per_channel_quantized_tensor(w8, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0)
+        warnings.simplefilter(
+            'ignore'
+        )  # the tensor type that the kernel takes is marked as old; the kernel is not
+        tensor = torch._make_per_channel_quantized_tensor(
+            w8, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0
+        )
         return torch.ops.quantized.linear_prepack(tensor, bias)
 
 # %% ../nbs/support/int8.ipynb #29f18695
 class Int8Linear(nn.Module):
     "A linear map with weights of one byte; for inference only."
-    def __init__(self,
-        weight:Tensor,             # (O, I) floats, not kept
-        bias:Tensor|None=None,     # (O,)
-        kernel:bool=True,          # multiply in bytes where the device can
+
+    def __init__(
+        self,
+        weight: Tensor,  # (O, I) floats, not kept
+        bias: Tensor | None = None,  # (O,)
+        kernel: bool = True,  # multiply in bytes where the device can
     ):
         super().__init__()
         w8, scale = quantize_rows(weight.detach())
         self.out_features, self.in_features = w8.shape
         self.packed = pack(w8, scale, bias) if kernel else None
-        if self.packed is None: # the kernel's form holds all three
+        if self.packed is None:  # the kernel's form holds all three
             self.register_buffer('w8', w8)
             self.register_buffer('scale', scale)
             self.bias = bias
 
-    def forward(self, x:Tensor)->Tensor: # (..., I) -> (..., O)
-        if self.packed is not None: return torch.ops.quantized.linear_dynamic(x, self.packed) if x.dim() > 1 else self(x[None])[0]  # the kernel wants rows
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        if self.packed is not None:
+            return (
+                torch.ops.quantized.linear_dynamic(x, self.packed)
+                if x.dim() > 1
+                else self(x[None])[0]
+            )  # the kernel wants rows
         return F.linear(x, self.w8.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
 
 # %% ../nbs/support/int8.ipynb #791e5551
 def to_int8(
-    model:nn.Module, # changed in place
-    kernel:bool=True,# multiply in bytes where the device can
-)->nn.Module:        # the same model, in evaluation mode; it cannot be trained any more
+    model: nn.Module,  # changed in place
+    kernel: bool = True,  # multiply in bytes where the device can
+) -> nn.Module:  # the same model, in evaluation mode; it cannot be trained any more
     "Exchange every linear map of a model for one with weights of one byte."
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear): setattr(parent, name, Int8Linear(child.weight, None if child.bias is None else child.bias.detach(), kernel))
+            if isinstance(child, nn.Linear):
+                setattr(
+                    parent,
+                    name,
+                    Int8Linear(
+                        child.weight, None if child.bias is None else child.bias.detach(), kernel
+                    ),
+                )
     return model.eval()
 
 # %% ../nbs/support/int8.ipynb #85924e3c
 def place_tensor(
-    model:nn.Module, # made on the meta device
-    name:str,        # such as transformer.h.0.attn.c_attn.weight
-    tensor:Tensor,   # goes there
-)->None:
+    model: nn.Module,  # made on the meta device
+    name: str,  # such as transformer.h.0.attn.c_attn.weight
+    tensor: Tensor,  # goes there
+) -> None:
     "Give one parameter or buffer its numbers."
     *path, leaf = name.split('.')
     parent = model.get_submodule('.'.join(path))
     own = getattr(parent, leaf)
-    if own.shape != tensor.shape: raise ValueError(f'the checkpoint is of another model: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own.shape)}')
-    setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
+    if own.shape != tensor.shape:
+        raise ValueError(
+            f'the checkpoint is of another model: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own.shape)}'
+        )
+    setattr(
+        parent,
+        leaf,
+        nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor,
+    )
 
 # %% ../nbs/support/int8.ipynb #585e46e3
 def load_int8(
-    folder:str|Path, # what `train` or `save_checkpoint` left
-)->tuple[GPT, dict]: # the model in evaluation mode, and checkpoint.json
+    folder: str | Path,  # what `train` or `save_checkpoint` left
+) -> tuple[GPT, dict]:  # the model in evaluation mode, and checkpoint.json
     "A GPT with weights of one byte, read a matrix at a time."
     about, place = verified_checkpoint(folder)
     config = config_from_dict(GPTConfig, about['config'])
-    with torch.device('meta'): model = GPT(config)
-    for name, buffer in GPT(config_from_dict(GPTConfig, about['config'] | dict(n_layer=1, vocab_size=1))).named_buffers(): place_tensor(model, name, buffer)  # tables that no file holds
+    with torch.device('meta'):
+        model = GPT(config)
+    for name, buffer in GPT(
+        config_from_dict(GPTConfig, about['config'] | dict(n_layer=1, vocab_size=1))
+    ).named_buffers():
+        place_tensor(model, name, buffer)  # tables that no file holds
     tensors = TensorFile(place / 'model.safetensors')
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in set(tensors) - {f'{k}.{part}' for k in linear for part in ('weight', 'bias')}: place_tensor(model, name, tensors[name].clone())
+    for name in set(tensors) - {f'{k}.{part}' for k in linear for part in ('weight', 'bias')}:
+        place_tensor(model, name, tensors[name].clone())
     for name, m in linear.items():
-        weight = tensors[f'{name}.weight'] if f'{name}.weight' in tensors else model.transformer.wte.weight  # a tied head
+        weight = (
+            tensors[f'{name}.weight']
+            if f'{name}.weight' in tensors
+            else model.transformer.wte.weight
+        )  # a tied head
         parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, Int8Linear(weight, tensors[f'{name}.bias'].clone() if m.bias is not None else None))
+        setattr(
+            model.get_submodule(parent),
+            leaf,
+            Int8Linear(weight, tensors[f'{name}.bias'].clone() if m.bias is not None else None),
+        )
     return model.eval(), about

@@ -17,20 +17,26 @@ from .plots import _shell, plot_losses
 
 # %% ../nbs/support/logs.ipynb #42291a44
 def read_log(
-    path:str|Path, # what `LogFile` wrote
-)->list[dict]:     # one dict a line, in order
+    path: str | Path,  # what `LogFile` wrote
+) -> list[dict]:  # one dict a line, in order
     "The records of a log; half a line at its end, left by a kill, is passed over."
     lines, records = Path(path).read_text(encoding='utf-8').split('\n'), []
-    for n, line in enumerate(lines[:-1], 1):  # what stands behind the last line break is not finished
-        try: records.append(json.loads(line))
-        except ValueError: raise ValueError(f'{str(path)!r} line {n} is not JSON: is it a log of this course? Name another file') from None
+    for n, line in enumerate(
+        lines[:-1], 1
+    ):  # what stands behind the last line break is not finished
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(
+                f'{str(path)!r} line {n} is not JSON: is it a log of this course? Name another file'
+            ) from None
     return records
 
 # %% ../nbs/support/logs.ipynb #8521a7dd
 def drop_from(
-    path:Path, # a log, or nothing yet
-    step:int,  # this step and later ones go
-)->list[dict]: # the records that stay
+    path: Path,  # a log, or nothing yet
+    step: int,  # this step and later ones go
+) -> list[dict]:  # the records that stay
     "Rewrite a log up to `step`, in one rename."
     kept = [r for r in read_log(path) if r['step'] < step] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,89 +51,125 @@ def drop_from(
 # %% ../nbs/support/logs.ipynb #8a7b2157
 class LogFile:
     "Pass `log` as on_step and `log.on_eval` as on_eval: a JSON line for each update and each evaluation, none twice, none missing after a resume."
-    def __init__(self,
-        path:str|Path, # the file, ending in .jsonl
-        every:int=1,   # write each so many updates
+
+    def __init__(
+        self,
+        path: str | Path,  # the file, ending in .jsonl
+        every: int = 1,  # write each so many updates
     ):
-        if every < 1: raise ValueError(f'every={every} must be at least 1')
+        if every < 1:
+            raise ValueError(f'every={every} must be at least 1')
         self.path, self.every, self.file, self.evaluated = Path(path), every, None, set()
 
-    def begin(self, step:int)->None: # the first step that is not in the past
+    def begin(self, step: int) -> None:  # the first step that is not in the past
         self.evaluated = {r['step'] for r in drop_from(self.path, step) if 'val' in r}
-        self.file = open(self.path, 'a', encoding='utf-8', buffering=1)  # a line leaves as soon as it is whole
+        self.file = open(
+            self.path, 'a', encoding='utf-8', buffering=1
+        )  # a line leaves as soon as it is whole
 
-    def __call__(self, step:int, record:dict)->None:
-        if self.file is None: self.begin(step)
-        if step % self.every == 0: self.file.write(json.dumps(record) + '\n')
+    def __call__(self, step: int, record: dict) -> None:
+        if self.file is None:
+            self.begin(step)
+        if step % self.every == 0:
+            self.file.write(json.dumps(record) + '\n')
 
-    def on_eval(self, step:int, history)->None:
-        if self.file is None: self.begin(step + 1 if step else 0)
+    def on_eval(self, step: int, history) -> None:
+        if self.file is None:
+            self.begin(step + 1 if step else 0)
         for at, val in history.val:
-            if at not in self.evaluated: self.file.write(json.dumps(dict(step=at, val=val)) + '\n')
+            if at not in self.evaluated:
+                self.file.write(json.dumps(dict(step=at, val=val)) + '\n')
             self.evaluated.add(at)
 
 # %% ../nbs/support/logs.ipynb #dedba47a
-def notebook_display()->Callable|None: # IPython's `display`
+def notebook_display() -> Callable | None:  # IPython's `display`
     "How to show something below the running cell; None where nobody would see it."
-    if os.environ.get('IN_TEST') or os.environ.get('TRANSFORMER_COURSE_PROGRESS') == '0' or getattr(_shell(), 'kernel', None) is None: return None
+    if (
+        os.environ.get('IN_TEST')
+        or os.environ.get('TRANSFORMER_COURSE_PROGRESS') == '0'
+        or getattr(_shell(), 'kernel', None) is None
+    ):
+        return None
     from IPython.display import display
+
     return display
 
 # %% ../nbs/support/logs.ipynb #d69f5df9
 class LivePlot:
     "Pass `plot` as on_step and `plot.on_eval` as on_eval: the losses, redrawn below the cell while the run goes on."
-    def __init__(self,
-        seconds:float=3.0,           # at least so long between two pictures
-        display:Callable|None=None,  # shows a figure, takes display_id; default: the notebook's, or none
+
+    def __init__(
+        self,
+        seconds: float = 3.0,  # at least so long between two pictures
+        display: Callable
+        | None = None,  # shows a figure, takes display_id; default: the notebook's, or none
     ):
         self.seconds, self.display = seconds, display or notebook_display()
         self.losses, self.val, self.handle, self.drawn = {}, [], None, time.monotonic()
 
-    def __call__(self, step:int, record:dict)->None:
+    def __call__(self, step: int, record: dict) -> None:
         self.losses[step] = record['loss']
-        if time.monotonic() - self.drawn >= self.seconds: self.draw()
+        if time.monotonic() - self.drawn >= self.seconds:
+            self.draw()
 
-    def on_eval(self, step:int, history)->None:
+    def on_eval(self, step: int, history) -> None:
         self.val = list(history.val)
-        if self.losses: self.draw()
+        if self.losses:
+            self.draw()
 
-    def draw(self)->None:
+    def draw(self) -> None:
         "Draw once, or put a newer picture in the place of the last."
-        if self.display is None: return
+        if self.display is None:
+            return
         curves = {'training batches': (list(self.losses), list(self.losses.values()))}
-        if self.val: curves['validation'] = tuple(zip(*self.val))
+        if self.val:
+            curves['validation'] = tuple(zip(*self.val))
         figure = plot_losses(curves, smooth=20, ylabel='loss (nats)').figure
-        if self.handle: self.handle.update(figure)
-        else: self.handle = self.display(figure, display_id=True)
+        if self.handle:
+            self.handle.update(figure)
+        else:
+            self.handle = self.display(figure, display_id=True)
         self.drawn = time.monotonic()
-        if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close(figure)  # or it would be shown a second time
+        if 'matplotlib.pyplot' in sys.modules:
+            sys.modules['matplotlib.pyplot'].close(figure)  # or it would be shown a second time
 
 # %% ../nbs/support/logs.ipynb #3e465de7
 class TensorBoard:
     "Pass `board` as on_step and `board.on_eval` as on_eval: scalars loss, lr, tokens and val for `tensorboard --logdir`."
-    def __init__(self, folder:str|Path): # event files go here
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: raise ValueError('TensorBoard is not installed: pip install tensorboard, or log to a file with LogFile') from None
+
+    def __init__(self, folder: str | Path):  # event files go here
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                'TensorBoard is not installed: pip install tensorboard, or log to a file with LogFile'
+            ) from None
         self.folder, self.make, self.writer = str(folder), SummaryWriter, None
 
-    def begin(self, step:int)->None:
+    def begin(self, step: int) -> None:
         "Open the writer; points from `step` on that an earlier, killed run left are hidden."
-        if self.writer is None: self.writer = self.make(self.folder, purge_step=step)
+        if self.writer is None:
+            self.writer = self.make(self.folder, purge_step=step)
 
-    def __call__(self, step:int, record:dict)->None:
+    def __call__(self, step: int, record: dict) -> None:
         self.begin(step)
-        for name in ('loss', 'lr', 'tokens'): self.writer.add_scalar(name, record[name], step)
+        for name in ('loss', 'lr', 'tokens'):
+            self.writer.add_scalar(name, record[name], step)
 
-    def on_eval(self, step:int, history)->None:
+    def on_eval(self, step: int, history) -> None:
         self.begin(step + 1 if step else 0)
-        for at, val in history.val[-1:]: self.writer.add_scalar('val', val, at)
+        for at, val in history.val[-1:]:
+            self.writer.add_scalar('val', val, at)
         self.writer.flush()
 
 # %% ../nbs/support/logs.ipynb #4d8a973b
 def call_all(
-    *callbacks:Callable, # each is called with the same arguments, in this order
-)->Callable:
+    *callbacks: Callable,  # each is called with the same arguments, in this order
+) -> Callable:
     "Many callbacks as one."
+
     def call(*args):
-        for callback in callbacks: callback(*args)
+        for callback in callbacks:
+            callback(*args)
+
     return call

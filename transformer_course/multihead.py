@@ -16,113 +16,184 @@ from .attention import attention_weights, causal_mask
 
 # %% ../nbs/04_multihead.ipynb #e620b899
 def split_heads(
-    x:Tensor,   # (B, T, H*D)
-    n_head:int, # H
-)->Tensor:      # (B, H, T, D)
+    x: Tensor,  # (B, T, H*D)
+    n_head: int,  # H
+) -> Tensor:  # (B, H, T, D)
     "Cut the channels into heads and bring the head axis forward."
     B, T, C = x.shape
     return x.view(B, T, n_head, C // n_head).transpose(1, 2)
 
 # %% ../nbs/04_multihead.ipynb #6dac6d4b
-def merge_heads(x:Tensor)->Tensor: # (B, H, T, D) -> (B, T, H*D)
+def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, H*D)
     "Undo `split_heads`."
     return x.transpose(1, 2).flatten(2)
 
 # %% ../nbs/04_multihead.ipynb #74b6f8bb
 class Projections(nn.Module):
     "The weights of multi-head attention, named as in GPT-2: `c_attn` makes q, k and v in one product, `c_proj` mixes the heads."
-    def __init__(self,
-        n_embd:int,              # C, size of the incoming and outgoing vectors
-        n_head:int,              # H; each head has size D = C / H
-        n_kv_head:int|None=None, # heads of keys and values, each shared by H / n_kv_head queries (arXiv 2305.13245); default H
-        bias:bool=True,          # biases in the two linear maps
+
+    def __init__(
+        self,
+        n_embd: int,  # C, size of the incoming and outgoing vectors
+        n_head: int,  # H; each head has size D = C / H
+        n_kv_head: int
+        | None = None,  # heads of keys and values, each shared by H / n_kv_head queries (arXiv 2305.13245); default H
+        bias: bool = True,  # biases in the two linear maps
     ):
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
-        if n_head < 1 or n_embd % n_head: raise ValueError(f'n_embd={n_embd} is not divisible by n_head={n_head}: make n_embd a multiple of n_head')
-        if n_kv_head < 1 or n_head % n_kv_head: raise ValueError(f'n_head={n_head} is not divisible by n_kv_head={n_kv_head}: every key/value head must serve the same number of queries')
+        if n_head < 1 or n_embd % n_head:
+            raise ValueError(
+                f'n_embd={n_embd} is not divisible by n_head={n_head}: make n_embd a multiple of n_head'
+            )
+        if n_kv_head < 1 or n_head % n_kv_head:
+            raise ValueError(
+                f'n_head={n_head} is not divisible by n_kv_head={n_kv_head}: every key/value head must serve the same number of queries'
+            )
         self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head, n_embd // n_head
         self.sizes = [n_embd, n_kv_head * self.head_size, n_kv_head * self.head_size]
         self.c_attn = nn.Linear(n_embd, sum(self.sizes), bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
 
-    def qkv(self, x:Tensor, memory:Tensor|None=None)->tuple[Tensor, Tensor, Tensor]: # q (B, H, T, D); k and v (B, n_kv_head, S, D)
-        if memory is None: q, k, v = self.c_attn(x).split(self.sizes, -1)
+    def qkv(
+        self, x: Tensor, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # q (B, H, T, D); k and v (B, n_kv_head, S, D)
+        if memory is None:
+            q, k, v = self.c_attn(x).split(self.sizes, -1)
         else:  # cross-attention: the queries come from x, the keys and values from memory
-            (wq, wkv), cut = self.c_attn.weight.split([self.sizes[0], 2 * self.sizes[1]]), self.sizes[0]
-            bq, bkv = (None, None) if self.c_attn.bias is None else (self.c_attn.bias[:cut], self.c_attn.bias[cut:])
+            (wq, wkv), cut = (
+                self.c_attn.weight.split([self.sizes[0], 2 * self.sizes[1]]),
+                self.sizes[0],
+            )
+            bq, bkv = (
+                (None, None)
+                if self.c_attn.bias is None
+                else (self.c_attn.bias[:cut], self.c_attn.bias[cut:])
+            )
             q, (k, v) = F.linear(x, wq, bq), F.linear(memory, wkv, bkv).chunk(2, -1)
-        return split_heads(q, self.n_head), split_heads(k, self.n_kv_head), split_heads(v, self.n_kv_head)
+        return (
+            split_heads(q, self.n_head),
+            split_heads(k, self.n_kv_head),
+            split_heads(v, self.n_kv_head),
+        )
 
 # %% ../nbs/04_multihead.ipynb #77674544
 def combine_masks(
-    T:int,                              # number of queries
-    S:int,                              # number of keys; the queries are the last T of them
-    mask:Tensor|None=None,              # broadcast to (B, H, T, S): bool, True = may look; or float, added to the scores
-    causal:bool=False,                  # nobody may look at the future
-    window:int|None=None,               # nobody may look further away than `window - 1` tokens
-    device:str|torch.device|None=None,  # where a new mask is put
-)->Tensor|None:                         # one mask, or None where everybody may look at everybody
+    T: int,  # number of queries
+    S: int,  # number of keys; the queries are the last T of them
+    mask: Tensor
+    | None = None,  # broadcast to (B, H, T, S): bool, True = may look; or float, added to the scores
+    causal: bool = False,  # nobody may look at the future
+    window: int | None = None,  # nobody may look further away than `window - 1` tokens
+    device: str | torch.device | None = None,  # where a new mask is put
+) -> Tensor | None:  # one mask, or None where everybody may look at everybody
     "All the rules about who may look at whom, as one mask."
     allowed = None
-    if causal: allowed = causal_mask(T, S, device)
+    if causal:
+        allowed = causal_mask(T, S, device)
     if window is not None:
-        band = torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T - window + 1).tril(S - T + window - 1)
+        band = (
+            torch.ones(T, S, dtype=torch.bool, device=device)
+            .triu(S - T - window + 1)
+            .tril(S - T + window - 1)
+        )
         allowed = band if allowed is None else band & allowed
-    if mask is None or allowed is None: return allowed if mask is None else mask
-    if mask.dtype == torch.bool: return mask & allowed
+    if mask is None or allowed is None:
+        return allowed if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & allowed
     return mask.masked_fill(~allowed, float('-inf'))
 
 # %% ../nbs/04_multihead.ipynb #134ede95
 class AttentionRules(Projections):
     "The options of an attention layer, and the mask that follows from them."
-    def __init__(self,
-        n_embd:int,              # C, size of the incoming and outgoing vectors
-        n_head:int,              # H; each head has size D = C / H
+
+    def __init__(
+        self,
+        n_embd: int,  # C, size of the incoming and outgoing vectors
+        n_head: int,  # H; each head has size D = C / H
         *,
-        n_kv_head:int|None=None, # heads of keys and values; default H
-        causal:bool=True,        # self-attention may not look at the future
-        window:int|None=None,    # self-attention sees the last `window` tokens, itself included; default all
-        bias:bool=True,          # biases in the two linear maps
-        attn_dropout:float=0.0,  # on the attention weights
-        qk_norm:bool=False,      # normalise queries and keys (arXiv 2010.04245), without weights
-        scale:float=1.0,         # factor on the usual 1/sqrt(D)
+        n_kv_head: int | None = None,  # heads of keys and values; default H
+        causal: bool = True,  # self-attention may not look at the future
+        window: int
+        | None = None,  # self-attention sees the last `window` tokens, itself included; default all
+        bias: bool = True,  # biases in the two linear maps
+        attn_dropout: float = 0.0,  # on the attention weights
+        qk_norm: bool = False,  # normalise queries and keys (arXiv 2010.04245), without weights
+        scale: float = 1.0,  # factor on the usual 1/sqrt(D)
     ):
         super().__init__(n_embd, n_head, n_kv_head, bias)
-        if window is not None and window < 1: raise ValueError(f'window={window} must be at least 1: a token sees at least itself')
-        self.causal, self.window, self.attn_dropout, self.qk_norm = causal, window, attn_dropout, qk_norm
+        if window is not None and window < 1:
+            raise ValueError(f'window={window} must be at least 1: a token sees at least itself')
+        self.causal, self.window, self.attn_dropout, self.qk_norm = (
+            causal,
+            window,
+            attn_dropout,
+            qk_norm,
+        )
         self.scale = scale / self.head_size**0.5
 
-    def rules(self, q:Tensor, k:Tensor, mask:Tensor|None=None, cross:bool=False)->Tensor|None: # one mask, or None
-        T, S, causal, window = q.shape[-2], k.shape[-2], self.causal and not cross, None if cross else self.window
-        if T == 1 and window is None: causal = False  # the last token may look at everything
+    def rules(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None, cross: bool = False
+    ) -> Tensor | None:  # one mask, or None
+        T, S, causal, window = (
+            q.shape[-2],
+            k.shape[-2],
+            self.causal and not cross,
+            None if cross else self.window,
+        )
+        if T == 1 and window is None:
+            causal = False  # the last token may look at everything
         return combine_masks(T, S, mask, causal, window, q.device)
 
 # %% ../nbs/04_multihead.ipynb #2250ea3c
 class MultiHeadAttention(AttentionRules):
     "Multi-head attention (Vaswani 2017, arXiv 1706.03762, section 3.2.2), self or cross: the only attention layer of the course."
-    def heads(self, x, memory=None, rotary=None, cache=None): # -> q, k, v, all (B, H, ., D), ready to be compared
+
+    def heads(
+        self, x, memory=None, rotary=None, cache=None
+    ):  # -> q, k, v, all (B, H, ., D), ready to be compared
         q, k, v = self.qkv(x, memory)
-        if self.qk_norm: q, k = (F.layer_norm(z, (self.head_size,)) for z in (q, k))
-        if rotary is not None: q, k = (rotary(z, 0 if cache is None else cache.length) for z in (q, k))
-        if cache is not None: k, v = cache.update(k, v)
-        if self.n_kv_head != self.n_head: k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, 1) for z in (k, v))
+        if self.qk_norm:
+            q, k = (F.layer_norm(z, (self.head_size,)) for z in (q, k))
+        if rotary is not None:
+            q, k = (rotary(z, 0 if cache is None else cache.length) for z in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if self.n_kv_head != self.n_head:
+            k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, 1) for z in (k, v))
         return q, k, v
 
-    def forward(self,
-        x:Tensor,                   # (B, T, C) the vectors that ask
-        memory:Tensor|None=None,    # (B, S, C) the vectors that answer; default x itself
-        *, mask:Tensor|None=None,   # broadcast to (B, H, T, S): bool, True = may look; or float, added to the scores
-        rotary:Callable|None=None,  # `rotary(q_or_k, offset)`, turns queries and keys by their positions
-        cache=None,                 # keys and values of earlier tokens: `.length` and `.update(k, v) -> (k, v)`
-    )->Tensor:                      # (B, T, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C) the vectors that ask
+        memory: Tensor | None = None,  # (B, S, C) the vectors that answer; default x itself
+        *,
+        mask: Tensor
+        | None = None,  # broadcast to (B, H, T, S): bool, True = may look; or float, added to the scores
+        rotary: Callable
+        | None = None,  # `rotary(q_or_k, offset)`, turns queries and keys by their positions
+        cache=None,  # keys and values of earlier tokens: `.length` and `.update(k, v) -> (k, v)`
+    ) -> Tensor:  # (B, T, C)
         q, k, v = self.heads(x, memory, rotary, cache)
-        plain = self.causal and self.window is None and mask is None and memory is None and q.shape == k.shape
-        mask = None if plain else self.rules(q, k, mask, memory is not None)  # the kernel has a triangle of its own
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout * self.training, plain, scale=self.scale)
+        plain = (
+            self.causal
+            and self.window is None
+            and mask is None
+            and memory is None
+            and q.shape == k.shape
+        )
+        mask = (
+            None if plain else self.rules(q, k, mask, memory is not None)
+        )  # the kernel has a triangle of its own
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.attn_dropout * self.training, plain, scale=self.scale
+        )
         return self.c_proj(merge_heads(y))  # (B, H, T, D) -> (B, T, C)
 
     @torch.no_grad()
-    def weights(self, x, memory=None, *, mask=None, rotary=None)->Tensor: # (B, H, T, S) who listens to whom, for looking at
+    def weights(
+        self, x, memory=None, *, mask=None, rotary=None
+    ) -> Tensor:  # (B, H, T, S) who listens to whom, for looking at
         q, k, _ = self.heads(x, memory, rotary)
         return attention_weights(q, k, self.rules(q, k, mask, memory is not None), self.scale)

@@ -30,141 +30,223 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import CHECKPOINT_FORMAT, checkpoint_place, checksum, optimizer_tensors, own_weights, verified_checkpoint, write_atomically
+from transformer_course.checkpoint import (
+    CHECKPOINT_FORMAT,
+    checkpoint_place,
+    checksum,
+    optimizer_tensors,
+    own_weights,
+    verified_checkpoint,
+    write_atomically,
+)
 from .training import Single
 
 # %% ../nbs/support/parallel.ipynb #cb4ef1ac
 def global_batch(
-    batch:Callable[[torch.Generator], tuple[Tensor, Tensor]], # the next (x, y), rows first; the same in every process
-    parallel:Single,                                          # which process this is, and of how many
-)->Callable[[torch.Generator], tuple[Tensor, Tensor]]:        # this process's rows of it
+    batch: Callable[
+        [torch.Generator], tuple[Tensor, Tensor]
+    ],  # the next (x, y), rows first; the same in every process
+    parallel: Single,  # which process this is, and of how many
+) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:  # this process's rows of it
     "A batch function for one process of several: all draw the same batch, each keeps every `world_size`-th row."
     n = parallel.world_size
+
     def mine(generator):
         x, y = batch(generator)
-        if len(x) % n: raise ValueError(f'batch_size={len(x)} cannot be shared by {n} processes: make it a multiple, for example {max(1, len(x) // n) * n}')
-        return x[parallel.rank::n], y[parallel.rank::n]
+        if len(x) % n:
+            raise ValueError(
+                f'batch_size={len(x)} cannot be shared by {n} processes: make it a multiple, for example {max(1, len(x) // n) * n}'
+            )
+        return x[parallel.rank :: n], y[parallel.rank :: n]
+
     return mine
 
 # %% ../nbs/support/parallel.ipynb #7d8889fb
 def torchrun(
-    script:str|Path,    # a Python file, each process runs it from the top
-    *args,              # handed to the script
-    processes:int=2,    # on this machine
-    max_restarts:int=0, # how often all are started anew after one has died
-)->list[str]:           # for `subprocess.run`
+    script: str | Path,  # a Python file, each process runs it from the top
+    *args,  # handed to the script
+    processes: int = 2,  # on this machine
+    max_restarts: int = 0,  # how often all are started anew after one has died
+) -> list[str]:  # for `subprocess.run`
     "The command that starts a script in several processes on this machine."
-    if processes < 1: raise ValueError(f'processes={processes} must be at least 1')
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', f'--max_restarts={max_restarts}',
-            str(script), *map(str, args)]
+    if processes < 1:
+        raise ValueError(f'processes={processes} must be at least 1')
+    return [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={processes}',
+        f'--max_restarts={max_restarts}',
+        str(script),
+        *map(str, args),
+    ]
 
 # %% ../nbs/support/parallel.ipynb #bff12ca4
 def launched(
-    env:dict|None=None,             # default: this process's environment
-)->tuple[int, int, int]|None:       # rank, world size, local rank; None: not started by torchrun
+    env: dict | None = None,  # default: this process's environment
+) -> tuple[int, int, int] | None:  # rank, world size, local rank; None: not started by torchrun
     "Who this process is among its siblings."
     env = os.environ if env is None else env
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
-    if not any(name in env for name in names): return None
+    if not any(name in env for name in names):
+        return None
     for name in names:
-        if not env.get(name, '').isdigit(): raise ValueError(f'{name}={env.get(name, "")!r} in the environment is not a whole number: start the script with torchrun, which sets it')
+        if not env.get(name, '').isdigit():
+            raise ValueError(
+                f'{name}={env.get(name, "")!r} in the environment is not a whole number: start the script with torchrun, which sets it'
+            )
     rank, n, local = (int(env[name]) for name in names)
-    if rank >= n: raise ValueError(f'RANK={rank} does not fit WORLD_SIZE={n}: ranks count from 0; start the script with torchrun, which sets both')
+    if rank >= n:
+        raise ValueError(
+            f'RANK={rank} does not fit WORLD_SIZE={n}: ranks count from 0; start the script with torchrun, which sets both'
+        )
     return rank, n, local
 
 # %% ../nbs/support/parallel.ipynb #906c8c3a
 def own_device(
-    local_rank:int,       # of this process on its machine
-    device:str='auto',    # auto, cpu or cuda
-)->torch.device:
+    local_rank: int,  # of this process on its machine
+    device: str = 'auto',  # auto, cpu or cuda
+) -> torch.device:
     "The device of one process: a GPU for itself, or the CPU."
-    if device not in ('auto', 'cpu', 'cuda'): raise ValueError(f'device={device!r} cannot be shared by processes: choose auto, cpu or cuda; torchrun decides which GPU')
+    if device not in ('auto', 'cpu', 'cuda'):
+        raise ValueError(
+            f'device={device!r} cannot be shared by processes: choose auto, cpu or cuda; torchrun decides which GPU'
+        )
     gpus = torch.cuda.device_count()
-    if device == 'cpu' or device == 'auto' and not gpus: return torch.device('cpu')
-    if local_rank >= gpus: raise ValueError(f'nproc_per_node is {local_rank + 1} or more, but this machine has {gpus} GPUs: start one process a GPU, or use device=cpu')
+    if device == 'cpu' or device == 'auto' and not gpus:
+        return torch.device('cpu')
+    if local_rank >= gpus:
+        raise ValueError(
+            f'nproc_per_node is {local_rank + 1} or more, but this machine has {gpus} GPUs: start one process a GPU, or use device=cpu'
+        )
     return torch.device('cuda', local_rank)
 
 # %% ../nbs/support/parallel.ipynb #74c7b083
-def use_loopback(env:dict|None=None)->None: # default: this process's environment
+def use_loopback(env: dict | None = None) -> None:  # default: this process's environment
     "Let gloo talk through the loopback interface if all processes are on this machine and the user has not named another."
     env = os.environ if env is None else env
-    names = {name for _, name in socket.if_nameindex()} & {'lo', 'lo0'} if hasattr(socket, 'if_nameindex') else set()
-    if names and env.get('LOCAL_WORLD_SIZE') == env.get('WORLD_SIZE'): env.setdefault('GLOO_SOCKET_IFNAME', min(names))
+    names = (
+        {name for _, name in socket.if_nameindex()} & {'lo', 'lo0'}
+        if hasattr(socket, 'if_nameindex')
+        else set()
+    )
+    if names and env.get('LOCAL_WORLD_SIZE') == env.get('WORLD_SIZE'):
+        env.setdefault('GLOO_SOCKET_IFNAME', min(names))
 
 # %% ../nbs/support/parallel.ipynb #b5c78c9e
 def dropout_state(
-    about:dict,              # checkpoint.json: `step`, and `world_size` of the processes that saved
-    rng:dict[str, Tensor],   # their dice: `dropout` of rank 0, `dropout.1` of rank 1, ...
-    rank:int,                # of this process
-    world_size:int,          # processes now
-    device:torch.device,     # where dropout draws
-)->Tensor:                   # state of a random generator
+    about: dict,  # checkpoint.json: `step`, and `world_size` of the processes that saved
+    rng: dict[str, Tensor],  # their dice: `dropout` of rank 0, `dropout.1` of rank 1, ...
+    rank: int,  # of this process
+    world_size: int,  # processes now
+    device: torch.device,  # where dropout draws
+) -> Tensor:  # state of a random generator
     "The dice to go on with: the same as before, or, if the number of processes has changed, new ones that depend on step, number and rank alone."
-    if about.get('world_size', 1) == world_size: return rng[f'dropout.{rank}' if rank else 'dropout']
+    if about.get('world_size', 1) == world_size:
+        return rng[f'dropout.{rank}' if rank else 'dropout']
     seed = hashlib.sha256(f'{about["step"]} {world_size} {rank}'.encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(seed[:7], 'big')).get_state()
 
 # %% ../nbs/support/parallel.ipynb #ff817c8b
 class Held(nn.Module):
     "A model and one number that nobody uses, so that torch leaves the buckets of `DistributedDataParallel` as they are."
-    def __init__(self, model:nn.Module):
-        super().__init__()
-        self.model, self.unused = model, nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
 
-    def forward(self, *args, **kw): return self.model(*args, **kw)
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.unused = (
+            model,
+            nn.Parameter(torch.zeros(1, device=next(model.parameters()).device)),
+        )
+
+    def forward(self, *args, **kw):
+        return self.model(*args, **kw)
 
 # %% ../nbs/support/parallel.ipynb #d72aec5a
 def let_go(
-    tensors:list[Tensor],   # handed to a collective that has returned; nobody else holds them
-    seconds:float=10.,      # patience
-)->bool:                    # whether they are ours alone
+    tensors: list[Tensor],  # handed to a collective that has returned; nobody else holds them
+    seconds: float = 10.0,  # patience
+) -> bool:  # whether they are ours alone
     "Wait until torch's threads have put down these tensors: doing so while Python ends would abort the process."
     end = time.monotonic() + seconds
-    while (held := any(t._use_count() > 1 for t in tensors)) and time.monotonic() < end: time.sleep(0.0001)
+    while (held := any(t._use_count() > 1 for t in tensors)) and time.monotonic() < end:
+        time.sleep(0.0001)
     return not held
 
 # %% ../nbs/support/parallel.ipynb #7b4a607a
 class Many(Single):
     "What all processes of a group have in common; each has one of these."
-    def __init__(self, device:torch.device, store:dist.Store|None=None): # of this process; where all can leave notes: see `start`
-        self.rank, self.world_size, self.device, self.store = dist.get_rank(), dist.get_world_size(), device, store
 
-    def gather(self, t:Tensor)->list[Tensor]: # on the CPU, by rank
-        own, parts = t.to(self.device, copy=True), [torch.empty_like(t, device=self.device) for _ in range(self.world_size)]
+    def __init__(
+        self, device: torch.device, store: dist.Store | None = None
+    ):  # of this process; where all can leave notes: see `start`
+        self.rank, self.world_size, self.device, self.store = (
+            dist.get_rank(),
+            dist.get_world_size(),
+            device,
+            store,
+        )
+
+    def gather(self, t: Tensor) -> list[Tensor]:  # on the CPU, by rank
+        own, parts = (
+            t.to(self.device, copy=True),
+            [torch.empty_like(t, device=self.device) for _ in range(self.world_size)],
+        )
         dist.all_gather(parts, own)
-        if self.device.type == 'cpu': let_go([own, *parts])
+        if self.device.type == 'cpu':
+            let_go([own, *parts])
         return [p.cpu() for p in parts]
 
-    def mean(self, value:float)->float: # added up in the order of the ranks, so that all get the same bits
-        return sum(p.item() for p in self.gather(torch.tensor([value], dtype=torch.float64))) / self.world_size
+    def mean(
+        self, value: float
+    ) -> float:  # added up in the order of the ranks, so that all get the same bits
+        return (
+            sum(p.item() for p in self.gather(torch.tensor([value], dtype=torch.float64)))
+            / self.world_size
+        )
 
-    def describe(self, state:dict, rng:dict[str, Tensor])->tuple[dict, dict]: # what to save, with what only many processes have
-        dice = {f'dropout.{r}' if r else 'dropout': t for r, t in enumerate(self.gather(rng['dropout']))}
-        return state | dict(world_size=self.world_size, run=os.environ.get('TORCHELASTIC_RUN_ID', 'none')), rng | dice
+    def describe(
+        self, state: dict, rng: dict[str, Tensor]
+    ) -> tuple[dict, dict]:  # what to save, with what only many processes have
+        dice = {
+            f'dropout.{r}' if r else 'dropout': t for r, t in enumerate(self.gather(rng['dropout']))
+        }
+        return state | dict(
+            world_size=self.world_size, run=os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+        ), rng | dice
 
 # %% ../nbs/support/parallel.ipynb #9b5fac66
 class DataParallel(Many):
     "Every process has the whole model and sees its rows of each batch; gradients are averaged (Li 2020, arXiv 2006.15704)."
-    def wrap(self, model:nn.Module)->nn.Module:
-        return nn.parallel.DistributedDataParallel(Held(model), find_unused_parameters=True)  # weights and buffers as rank 0 has them
 
-    def accumulate(self, forward:nn.Module, last:bool): return nullcontext() if last else forward.no_sync()
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(
+            Held(model), find_unused_parameters=True
+        )  # weights and buffers as rank 0 has them
 
-    def save(self, folder:str|Path, model:nn.Module, optimizers:list, state:dict, rng:dict)->None:
+    def accumulate(self, forward: nn.Module, last: bool):
+        return nullcontext() if last else forward.no_sync()
+
+    def save(
+        self, folder: str | Path, model: nn.Module, optimizers: list, state: dict, rng: dict
+    ) -> None:
         state, rng = self.describe(state, rng)
-        if self.rank == 0: super().save(folder, model, optimizers, state, rng)
+        if self.rank == 0:
+            super().save(folder, model, optimizers, state, rng)
         dist.barrier()
 
-    def load(self, folder:str|Path, model:nn.Module, optimizers:list)->tuple[dict, dict]:
+    def load(self, folder: str | Path, model: nn.Module, optimizers: list) -> tuple[dict, dict]:
         about, rng = super().load(folder, model, optimizers)
-        return about, rng | dict(dropout=dropout_state(about, rng, self.rank, self.world_size, self.device))
+        return about, rng | dict(
+            dropout=dropout_state(about, rng, self.rank, self.world_size, self.device)
+        )
 
 # %% ../nbs/support/parallel.ipynb #651d8f5a
 def meeting(
-    store:dist.Store, # all processes see it, and it may hold notes from before a restart
-    rank:int,         # of this process
-    n:int,            # processes
-)->dist.Store:        # empty at first, the same for all `n`
+    store: dist.Store,  # all processes see it, and it may hold notes from before a restart
+    rank: int,  # of this process
+    n: int,  # processes
+) -> dist.Store:  # empty at first, the same for all `n`
     "A fresh part of a store, for this life of the processes only."
     word = question = uuid.uuid4().hex
     if rank:
@@ -172,100 +254,164 @@ def meeting(
         word = store.get(f'answer {question}').decode()  # waits
         store.add(f'here {word}', 1)
     while not rank and store.add(f'here {word}', 0) < n - 1:
-        asked = [store.get(f'question {r}').decode() for r in range(1, n) if store.check([f'question {r}'])]
-        for question in asked: store.set(f'answer {question}', word)
+        asked = [
+            store.get(f'question {r}').decode()
+            for r in range(1, n)
+            if store.check([f'question {r}'])
+        ]
+        for question in asked:
+            store.set(f'answer {question}', word)
         time.sleep(0.01)
     return dist.PrefixStore(word, store)
 
 # %% ../nbs/support/parallel.ipynb #f176a0d9
 def start(
-    how:str|None=None,    # ddp (a copy in every process), fsdp (weights shared out), or None: ddp under torchrun, else one process
-    device:str='auto',    # auto, cpu or cuda
-)->Single:                # hand it to `train` as `parallel`
+    how: str
+    | None = None,  # ddp (a copy in every process), fsdp (weights shared out), or None: ddp under torchrun, else one process
+    device: str = 'auto',  # auto, cpu or cuda
+) -> Single:  # hand it to `train` as `parallel`
     "Join the processes that torchrun has started; call `stop` at the end."
-    if how not in (None, 'ddp', 'fsdp'): raise ValueError(f'parallel={how!r} is not known: choose ddp, fsdp or leave it out')
+    if how not in (None, 'ddp', 'fsdp'):
+        raise ValueError(f'parallel={how!r} is not known: choose ddp, fsdp or leave it out')
     me = launched()
-    if me is None and how is None: return Single()
-    if me is None: raise ValueError(f'parallel={how!r} needs processes: start with torchrun --standalone --nproc_per_node=2, or leave parallel out')
+    if me is None and how is None:
+        return Single()
+    if me is None:
+        raise ValueError(
+            f'parallel={how!r} needs processes: start with torchrun --standalone --nproc_per_node=2, or leave parallel out'
+        )
     rank, n, local = me
     own = own_device(local, device)
-    if own.type == 'cuda': torch.cuda.set_device(own)
-    else: use_loopback()
+    if own.type == 'cuda':
+        torch.cuda.set_device(own)
+    else:
+        use_loopback()
     store, rank, n = next(dist.rendezvous('env://', rank, n))
     store = meeting(store, rank, n)
-    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=n)
+    dist.init_process_group(
+        'nccl' if own.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=n
+    )
     return (Sharded if how == 'fsdp' else DataParallel)(own, store)
 
-def stop()->None:
+
+def stop() -> None:
     "Leave the group, if there is one; all its processes do so together."
-    if not dist.is_initialized(): return
-    if dist.get_backend() == 'gloo': Many(torch.device('cpu')).gather(torch.zeros(1))  # behind all that was sent before
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == 'gloo':
+        Many(torch.device('cpu')).gather(torch.zeros(1))  # behind all that was sent before
     dist.destroy_process_group()
 
 # %% ../nbs/support/parallel.ipynb #43fce318
 class Sharded(Many):
     "Every process keeps its rows of each weight, gradient and average, and gathers a block while it computes (Zhao 2023, arXiv 2304.11277)."
-    def wrap(self, model:nn.Module)->nn.Module: # the model itself, sharded in place
-        try: from torch.distributed.fsdp import fully_shard
-        except ImportError: raise ValueError(f"parallel='fsdp' needs torch 2.9, this is {torch.__version__}: install a newer torch, or choose ddp") from None
-        for t in [*model.parameters(), *model.buffers()]: dist.broadcast(t.detach(), 0)  # as rank 0 has them
-        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-        for block in [m for m in model.modules() if isinstance(m, Block)]: fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that it is in shards whenever someone else looks
 
-    def accumulate(self, forward:nn.Module, last:bool):
+    def wrap(self, model: nn.Module) -> nn.Module:  # the model itself, sharded in place
+        try:
+            from torch.distributed.fsdp import fully_shard
+        except ImportError:
+            raise ValueError(
+                f"parallel='fsdp' needs torch 2.9, this is {torch.__version__}: install a newer torch, or choose ddp"
+            ) from None
+        for t in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(t.detach(), 0)  # as rank 0 has them
+        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        for block in [m for m in model.modules() if isinstance(m, Block)]:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(
+            model, mesh=mesh, reshard_after_forward=True
+        )  # so that it is in shards whenever someone else looks
+
+    def accumulate(self, forward: nn.Module, last: bool):
         forward.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def save(self, folder:str|Path, model:nn.Module, optimizers:list, state:dict, rng:dict)->None:
+    def save(
+        self, folder: str | Path, model: nn.Module, optimizers: list, state: dict, rng: dict
+    ) -> None:
         folder = Path(folder)
-        parts, (settings, averages), weights = folder.with_name(f'.{folder.name}-parts'), optimizer_tensors(optimizers), own_weights(model)
-        if self.rank == 0: shutil.rmtree(parts, ignore_errors=True)  # what a kill may have left
+        parts, (settings, averages), weights = (
+            folder.with_name(f'.{folder.name}-parts'),
+            optimizer_tensors(optimizers),
+            own_weights(model),
+        )
+        if self.rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)  # what a kill may have left
         dist.barrier()
         write_parts(parts, weights, averages)
-        state, rng = self.describe(dict(config=asdict(model.config), optimizers=settings, **state), rng)
-        if self.rank == 0: merge_parts(folder, parts, state, rng)
+        state, rng = self.describe(
+            dict(config=asdict(model.config), optimizers=settings, **state), rng
+        )
+        if self.rank == 0:
+            merge_parts(folder, parts, state, rng)
         dist.barrier()
 
-    def load(self, folder:str|Path, model:nn.Module, optimizers:list)->tuple[dict, dict]:
+    def load(self, folder: str | Path, model: nn.Module, optimizers: list) -> tuple[dict, dict]:
         about, place = verified(folder, self.rank)
         rng = read_parts(place, own_weights(model), optimizers, about['optimizers'])
-        return about, rng | dict(dropout=dropout_state(about, rng, self.rank, self.world_size, self.device))
+        return about, rng | dict(
+            dropout=dropout_state(about, rng, self.rank, self.world_size, self.device)
+        )
 
 # %% ../nbs/support/parallel.ipynb #c4e2e58a
 def write_parts(
-    parts:Path,                   # a new folder that all processes see
-    weights:dict[str, Tensor],    # of the model, perhaps shards
-    averages:dict[str, Tensor],   # of the optimisers, perhaps shards
-)->None:
+    parts: Path,  # a new folder that all processes see
+    weights: dict[str, Tensor],  # of the model, perhaps shards
+    averages: dict[str, Tensor],  # of the optimisers, perhaps shards
+) -> None:
     "Each process writes what it holds, as safetensors; what all hold is written once."
     import torch.distributed.checkpoint as dcp
-    try: from torch.distributed.checkpoint import HuggingFaceStorageWriter
-    except ImportError: raise ValueError(f"parallel='fsdp' needs torch 2.9 to save, this is {torch.__version__}: install a newer torch, or choose ddp") from None
+
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    except ImportError:
+        raise ValueError(
+            f"parallel='fsdp' needs torch 2.9 to save, this is {torch.__version__}: install a newer torch, or choose ddp"
+        ) from None
     index = dict.fromkeys(weights, 1) | dict.fromkeys(averages, 2)
     writer = HuggingFaceStorageWriter(str(parts), fqn_to_index_mapping=index, save_distributed=True)
-    try: dcp.save(weights | averages, storage_writer=writer)
+    try:
+        dcp.save(weights | averages, storage_writer=writer)
     except (OSError, dcp.CheckpointException) as e:
-        why = '; '.join(sorted({str(f[0]) for f in e.failures.values()})) if hasattr(e, 'failures') else e
-        raise OSError(f'{str(parts)!r} could not be written ({why}): free some space or choose another folder; a checkpoint that was there is kept') from None
+        why = (
+            '; '.join(sorted({str(f[0]) for f in e.failures.values()}))
+            if hasattr(e, 'failures')
+            else e
+        )
+        raise OSError(
+            f'{str(parts)!r} could not be written ({why}): free some space or choose another folder; a checkpoint that was there is kept'
+        ) from None
 
 # %% ../nbs/support/parallel.ipynb #ebab3f9e
-def read_header(path:Path)->tuple[dict, dict, int]: # name -> dtype, shape, data_offsets; name -> first row and column; where the numbers begin
+def read_header(
+    path: Path,
+) -> tuple[
+    dict, dict, int
+]:  # name -> dtype, shape, data_offsets; name -> first row and column; where the numbers begin
     "What stands at the top of a safetensors file."
     with open(path, 'rb') as f:
         length = struct.unpack('<Q', f.read(8))[0]
         header = json.loads(f.read(length))
     places = json.loads(header.pop('__metadata__', {}).get('DCP_SHARDING_INFO', '{}'))
-    return header, {name: places[name]['saved_offsets'] if places else [0] * len(h['shape']) for name, h in header.items()}, 8 + length
+    return (
+        header,
+        {
+            name: places[name]['saved_offsets'] if places else [0] * len(h['shape'])
+            for name, h in header.items()
+        },
+        8 + length,
+    )
 
 # %% ../nbs/support/parallel.ipynb #e3054b5e
 def joined_header(
-    parts:dict[str, list[dict]], # name -> headers of its parts, from the first row to the last
-)->dict[str, dict]:              # name -> dtype, shape and data_offsets of the whole
+    parts: dict[str, list[dict]],  # name -> headers of its parts, from the first row to the last
+) -> dict[str, dict]:  # name -> dtype, shape and data_offsets of the whole
     "The header of a file in which the rows of each tensor stand together."
     header, at = {}, 0
     width = lambda name: int(parts[name][0]['dtype'].lstrip('BFIUOL') or 8)  # bits
-    for name in sorted(parts, key=lambda name: (-width(name), name)):        # wide numbers first: each begins at a multiple of its width
+    for name in sorted(
+        parts, key=lambda name: (-width(name), name)
+    ):  # wide numbers first: each begins at a multiple of its width
         first, rows = parts[name][0], sum(h['shape'][0] if h['shape'] else 0 for h in parts[name])
         size = sum(h['data_offsets'][1] - h['data_offsets'][0] for h in parts[name])
         shape = [rows, *first['shape'][1:]] if first['shape'] else []
@@ -274,24 +420,30 @@ def joined_header(
 
 # %% ../nbs/support/parallel.ipynb #13e67b08
 def join(
-    files:list[Path], # safetensors, each with some rows of some tensors
-    to:Path,          # one safetensors file with whole tensors
-)->None:
+    files: list[Path],  # safetensors, each with some rows of some tensors
+    to: Path,  # one safetensors file with whole tensors
+) -> None:
     "Put tensors together whose rows lie in several files, by copying bytes."
     parts = {}
     for file in files:
         header, first, start = read_header(file)
-        for name, h in header.items(): parts.setdefault(name, []).append((first[name], h, file, start))
-    for found in parts.values(): found.sort(key=lambda part: part[0])
+        for name, h in header.items():
+            parts.setdefault(name, []).append((first[name], h, file, start))
+    for found in parts.values():
+        found.sort(key=lambda part: part[0])
     header = joined_header({name: [h for _, h, _, _ in found] for name, found in parts.items()})
     head = json.dumps(header).encode()
     head += b' ' * (-len(head) % 8)
     with open(to, 'wb') as out:
         out.write(struct.pack('<Q', len(head)) + head)
         for name in header:
-            for _, h, file, start in parts[name]: copy_bytes(file, start + h['data_offsets'][0], start + h['data_offsets'][1], out)
+            for _, h, file, start in parts[name]:
+                copy_bytes(file, start + h['data_offsets'][0], start + h['data_offsets'][1], out)
 
-def copy_bytes(file:Path, begin:int, end:int, out)->None: # from here, up to there, into an open file
+
+def copy_bytes(
+    file: Path, begin: int, end: int, out
+) -> None:  # from here, up to there, into an open file
     "Append a part of one file to another, a few megabytes at a time."
     with open(file, 'rb') as f:
         f.seek(begin)
@@ -302,96 +454,131 @@ def copy_bytes(file:Path, begin:int, end:int, out)->None: # from here, up to the
 
 # %% ../nbs/support/parallel.ipynb #c3b24359
 def merge_parts(
-    folder:Path,             # the checkpoint, replaced as a whole
-    parts:Path,              # what `write_parts` wrote; removed
-    about:dict,              # JSON
-    rng:dict[str, Tensor],   # dice
-)->None:
+    folder: Path,  # the checkpoint, replaced as a whole
+    parts: Path,  # what `write_parts` wrote; removed
+    about: dict,  # JSON
+    rng: dict[str, Tensor],  # dice
+) -> None:
     "Make one checkpoint of many parts: the same files that one process writes."
+
     def write(to):
         save_file({f'rng.{name}': t for name, t in rng.items()}, parts / 'rng.safetensors')
         join(sorted(parts.glob('shard-*-model-00001-of-*')), to / 'model.safetensors')
-        join([*sorted(parts.glob('shard-*-model-00002-of-*')), parts / 'rng.safetensors'], to / 'training.safetensors')
+        join(
+            [*sorted(parts.glob('shard-*-model-00002-of-*')), parts / 'rng.safetensors'],
+            to / 'training.safetensors',
+        )
         hashes = {p.name: checksum(p) for p in sorted(to.iterdir())}
-        (to / 'checkpoint.json').write_text(json.dumps(dict(format=CHECKPOINT_FORMAT, sha256=hashes, **about), indent=1), encoding='utf-8')
-    try: write_atomically(folder, write)
-    except OSError as e: raise OSError(f'{str(folder)!r} could not be written ({e}): free some space or choose another folder; a checkpoint that was there is kept') from None
+        (to / 'checkpoint.json').write_text(
+            json.dumps(dict(format=CHECKPOINT_FORMAT, sha256=hashes, **about), indent=1),
+            encoding='utf-8',
+        )
+
+    try:
+        write_atomically(folder, write)
+    except OSError as e:
+        raise OSError(
+            f'{str(folder)!r} could not be written ({e}): free some space or choose another folder; a checkpoint that was there is kept'
+        ) from None
     shutil.rmtree(parts)
 
 # %% ../nbs/support/parallel.ipynb #4e82fd35
 def verified(
-    folder:str|Path,  # a checkpoint
-    rank:int,         # of this process
-)->tuple[dict, Path]: # checkpoint.json, and the folder that it is in
+    folder: str | Path,  # a checkpoint
+    rank: int,  # of this process
+) -> tuple[dict, Path]:  # checkpoint.json, and the folder that it is in
     "Check a checkpoint once, for all processes; one that is damaged raises the same `ValueError` in each."
     folder, problem = Path(folder), ['']
     if rank == 0:
-        try: verified_checkpoint(folder)
-        except ValueError as e: problem = [str(e)]
+        try:
+            verified_checkpoint(folder)
+        except ValueError as e:
+            problem = [str(e)]
     dist.broadcast_object_list(problem, 0)
-    if problem[0]: raise ValueError(problem[0])
+    if problem[0]:
+        raise ValueError(problem[0])
     place = checkpoint_place(folder)
     return json.loads((place / 'checkpoint.json').read_text(encoding='utf-8')), place
 
 # %% ../nbs/support/parallel.ipynb #47bd5920
 def same_model(
-    path:Path,                   # model.safetensors
-    weights:dict[str, Tensor],   # of the model
-)->None:
+    path: Path,  # model.safetensors
+    weights: dict[str, Tensor],  # of the model
+) -> None:
     "Raise a `ValueError` that says in what the two differ, if they do."
-    with safe_open(path, framework='pt') as f: there = {name: f.get_slice(name).get_shape() for name in f.keys()}
-    for name in sorted(set(weights) ^ set(there)): raise ValueError(f'the checkpoint is of another model: {name!r} is in only one of the two')
+    with safe_open(path, framework='pt') as f:
+        there = {name: f.get_slice(name).get_shape() for name in f.keys()}
+    for name in sorted(set(weights) ^ set(there)):
+        raise ValueError(f'the checkpoint is of another model: {name!r} is in only one of the two')
     for name, w in weights.items():
-        if list(w.shape) != there[name]: raise ValueError(f'the checkpoint is of another model: {name} has shape {tuple(there[name])}, the model needs {tuple(w.shape)}')
+        if list(w.shape) != there[name]:
+            raise ValueError(
+                f'the checkpoint is of another model: {name} has shape {tuple(there[name])}, the model needs {tuple(w.shape)}'
+            )
 
 # %% ../nbs/support/parallel.ipynb #1ea6c5fb
 def read_parts(
-    place:Path,                       # with model.safetensors and training.safetensors
-    weights:dict[str, Tensor],        # of the model, perhaps shards: filled in place
-    optimizers:list,                  # their averages, too
-    settings:list,                    # of the optimisers, from checkpoint.json
-)->dict[str, Tensor]:                 # dice
+    place: Path,  # with model.safetensors and training.safetensors
+    weights: dict[str, Tensor],  # of the model, perhaps shards: filled in place
+    optimizers: list,  # their averages, too
+    settings: list,  # of the optimisers, from checkpoint.json
+) -> dict[str, Tensor]:  # dice
     "Each process reads the rows that it holds, whoever wrote them."
     import torch.distributed.checkpoint as dcp
+
     same_model(place / 'model.safetensors', weights)
     params = [[p for group in o.param_groups for p in group['params']] for o in optimizers]
     shards, states = {}, [{} for _ in optimizers]
     with safe_open(place / 'training.safetensors', framework='pt') as f:
         rng = {name[4:]: f.get_tensor(name) for name in f.keys() if name.startswith('rng.')}
         for name in f.keys():
-            if name.startswith('rng.'): continue
+            if name.startswith('rng.'):
+                continue
             i, p, key = name.split('.', 2)  # optimiser, parameter, what of it
             like = params[int(i)][int(p)].detach()
             mine = states[int(i)].setdefault(int(p), {})
-            if f.get_slice(name).get_shape() == list(like.shape): mine[key] = shards[name] = torch.zeros_like(like)
-            else: mine[key] = f.get_tensor(name)  # a count of steps, the same for all rows
+            if f.get_slice(name).get_shape() == list(like.shape):
+                mine[key] = shards[name] = torch.zeros_like(like)
+            else:
+                mine[key] = f.get_tensor(name)  # a count of steps, the same for all rows
     dcp.load(weights | shards, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
-    for optimizer, state, groups in zip(optimizers, states, settings, strict=True): optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    for optimizer, state, groups in zip(optimizers, states, settings, strict=True):
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
     return rng
 
 # %% ../nbs/support/parallel.ipynb #c7f7bbec
 def should_resume(
-    folder:str|Path,     # the checkpoint
-    asked:bool=False,    # what the user said
-    env:dict|None=None,  # default: this process's environment
-)->bool:
+    folder: str | Path,  # the checkpoint
+    asked: bool = False,  # what the user said
+    env: dict | None = None,  # default: this process's environment
+) -> bool:
     "Whether to go on from a checkpoint: if the user asked for it, or if this very launch wrote it before a worker died."
     env = os.environ if env is None else env
-    about, run = checkpoint_place(Path(folder)) / 'checkpoint.json', env.get('TORCHELASTIC_RUN_ID', 'none')
-    if asked or 'RANK' not in env or not about.exists(): return asked
+    about, run = (
+        checkpoint_place(Path(folder)) / 'checkpoint.json',
+        env.get('TORCHELASTIC_RUN_ID', 'none'),
+    )
+    if asked or 'RANK' not in env or not about.exists():
+        return asked
     ours = json.loads(about.read_text(encoding='utf-8')).get('run') == run
-    return ours and (run != 'none' or env.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')  # without an id of its own, only after a restart
+    return ours and (
+        run != 'none' or env.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    )  # without an id of its own, only after a restart
 
 # %% ../nbs/support/parallel.ipynb #48385b00
-def left_alone(e:BaseException)->bool:
+def left_alone(e: BaseException) -> bool:
     "Whether an error only says that another process has gone."
-    return isinstance(e, getattr(dist, 'DistError', ())) or any(s in str(e) for s in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe'))
+    return isinstance(e, getattr(dist, 'DistError', ())) or any(
+        s in str(e)
+        for s in ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')
+    )
+
 
 @contextmanager
 def together(
-    how:str|None=None,  # ddp, fsdp or None, see `start`
-    device:str='auto',  # auto, cpu or cuda
-):                      # what `start` returns
+    how: str | None = None,  # ddp, fsdp or None, see `start`
+    device: str = 'auto',  # auto, cpu or cuda
+):  # what `start` returns
     "`start`, then `stop`. Under torchrun, bad input ends this process with one line and exit code 2, the death of a sibling with exit code 1."
     parallel = None
     try:
@@ -399,11 +586,13 @@ def together(
         yield parallel
         stop()
     except (ValueError, OSError) as e:
-        if 'RANK' not in os.environ: raise
+        if 'RANK' not in os.environ:
+            raise
         store = getattr(parallel, 'store', None)
         if store is None or store.add(hashlib.sha256(str(e).encode()).hexdigest(), 1) == 1:
             print(f'error in process {os.environ["RANK"]}: {e}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as e:
-        if not left_alone(e): raise
+        if not left_alone(e):
+            raise
         raise SystemExit(1) from None

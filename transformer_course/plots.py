@@ -18,59 +18,98 @@ from pathlib import Path
 import numpy as np
 
 # %% ../nbs/support/plots.ipynb #1464bfcc
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000') # Okabe and Ito, 2008
+COLORS = (
+    '#0072B2',
+    '#D55E00',
+    '#009E73',
+    '#CC79A7',
+    '#E69F00',
+    '#56B4E9',
+    '#000000',
+)  # Okabe and Ito, 2008
 PAPER, INK, GREY, PALE = '#fcfcfc', '#222222', '#8a8a8a', '#d5d5d5'
+
 
 def rc() -> dict:
     "The house style, as matplotlib settings"
     from matplotlib import cycler
-    return {'figure.facecolor': PAPER, 'axes.facecolor': PAPER, 'savefig.facecolor': PAPER, 'figure.dpi': 110,
-            'savefig.dpi': 110, 'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'font.size': 10,
-            'axes.titlesize': 11, 'axes.labelsize': 10, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'legend.fontsize': 9,
-            'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': GREY, 'xtick.color': INK, 'ytick.color': INK,
-            'axes.spines.top': False, 'axes.spines.right': False, 'axes.prop_cycle': cycler(color=COLORS),
-            'legend.facecolor': PAPER, 'legend.edgecolor': 'none', 'legend.framealpha': .9, 'lines.linewidth': 1.8,
-            'axes.titlelocation': 'left', 'image.interpolation': 'nearest'}
+
+    return {
+        'figure.facecolor': PAPER,
+        'axes.facecolor': PAPER,
+        'savefig.facecolor': PAPER,
+        'figure.dpi': 110,
+        'savefig.dpi': 110,
+        'font.family': 'sans-serif',
+        'font.sans-serif': ['DejaVu Sans'],
+        'font.size': 10,
+        'axes.titlesize': 11,
+        'axes.labelsize': 10,
+        'xtick.labelsize': 9,
+        'ytick.labelsize': 9,
+        'legend.fontsize': 9,
+        'text.color': INK,
+        'axes.labelcolor': INK,
+        'axes.edgecolor': GREY,
+        'xtick.color': INK,
+        'ytick.color': INK,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.prop_cycle': cycler(color=COLORS),
+        'legend.facecolor': PAPER,
+        'legend.edgecolor': 'none',
+        'legend.framealpha': 0.9,
+        'lines.linewidth': 1.8,
+        'axes.titlelocation': 'left',
+        'image.interpolation': 'nearest',
+    }
 
 # %% ../nbs/support/plots.ipynb #361903bd
 @contextmanager
 def style():
     "The house style for a `with` block; the reader's own settings come back afterwards"
     import matplotlib
+
     ours = rc()
     before = {key: matplotlib.rcParams[key] for key in ours}
     matplotlib.rcParams.update(ours)
-    try: yield
-    finally: matplotlib.rcParams.update(before)
+    try:
+        yield
+    finally:
+        matplotlib.rcParams.update(before)
 
 # %% ../nbs/support/plots.ipynb #aa7e1758
 def _shell():
     "The IPython shell this runs in, or None"
     return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
 
+
 def figure(
-    rows:int=1, # rows of axes
-    cols:int=1, # columns of axes
-    width:float|None=None, # inches
-    height:float|None=None, # inches
-    **kw, # for matplotlib's `subplots`, such as sharey=True
-): # (figure, axes): one Axes, or an array of them
+    rows: int = 1,  # rows of axes
+    cols: int = 1,  # columns of axes
+    width: float | None = None,  # inches
+    height: float | None = None,  # inches
+    **kw,  # for matplotlib's `subplots`, such as sharey=True
+):  # (figure, axes): one Axes, or an array of them
     "A figure in the house style"
     size = (width or min(4.2 * cols + 1.3, 9), height or 3.2 * rows)
     with style():
         if _shell() or 'matplotlib.pyplot' in sys.modules:
             from matplotlib import pyplot
+
             return pyplot.subplots(rows, cols, figsize=size, layout='constrained', **kw)
         from matplotlib.figure import Figure
+
         fig = Figure(figsize=size, layout='constrained')
         return fig, fig.subplots(rows, cols, **kw)
 
 # %% ../nbs/support/plots.ipynb #9b449782
 def as_array(
-    x, # tensor, array, or a list of numbers or tensors
+    x,  # tensor, array, or a list of numbers or tensors
 ) -> np.ndarray:
     "A numpy array out of whatever holds numbers"
-    if isinstance(x, (list, tuple)): return np.asarray([as_array(i) for i in x])
+    if isinstance(x, (list, tuple)):
+        return np.asarray([as_array(i) for i in x])
     if hasattr(x, 'detach'):
         x = x.detach().cpu()
         x = x.float() if x.is_floating_point() else x
@@ -78,7 +117,7 @@ def as_array(
 
 # %% ../nbs/support/plots.ipynb #aef100a9
 def visible(
-    token:str, # a character or a token
+    token: str,  # a character or a token
 ) -> str:
     "A token with its white space to be seen: ␣ for a space, ⏎ for a newline, ⇥ for a tab"
     return str(token).replace(' ', '␣').replace('\n', '⏎').replace('\t', '⇥')
@@ -86,75 +125,97 @@ def visible(
 # %% ../nbs/support/plots.ipynb #d039c231
 def _labels(ax, title, xlabel, ylabel):
     "Title and axis labels, where given"
-    if title: ax.set_title(title)
-    if xlabel: ax.set_xlabel(xlabel)
-    if ylabel: ax.set_ylabel(ylabel)
+    if title:
+        ax.set_title(title)
+    if xlabel:
+        ax.set_xlabel(xlabel)
+    if ylabel:
+        ax.set_ylabel(ylabel)
     return ax
 
 # %% ../nbs/support/plots.ipynb #8d4e4bfe
 def _xy(
-    curve, # y values, or a tuple (x, y)
+    curve,  # y values, or a tuple (x, y)
 ) -> tuple:
     "The x and y of a curve; x counts from 0 where it is not given"
     pair = isinstance(curve, tuple) and len(curve) == 2 and np.ndim(curve[1]) == 1
     y = as_array(curve[1] if pair else curve)
     x = as_array(curve[0]) if pair else np.arange(len(y))
-    if len(x) != len(y): raise ValueError(f'a curve has {len(x)} x values and {len(y)} y values: give as many of each')
+    if len(x) != len(y):
+        raise ValueError(
+            f'a curve has {len(x)} x values and {len(y)} y values: give as many of each'
+        )
     return x, y
 
 # %% ../nbs/support/plots.ipynb #4562946f
 def running_mean(
-    y, # (n,) values
-    window:int, # how many values each mean is taken over
-) -> np.ndarray: # (n,): the mean of up to `window` values, ending at this one
+    y,  # (n,) values
+    window: int,  # how many values each mean is taken over
+) -> np.ndarray:  # (n,): the mean of up to `window` values, ending at this one
     "The mean over the last few values"
     y = as_array(y)
-    total = np.concatenate([[0.], np.cumsum(y, dtype=float)])
+    total = np.concatenate([[0.0], np.cumsum(y, dtype=float)])
     end = np.arange(1, len(y) + 1)
     start = np.maximum(end - window, 0)
     return (total[end] - total[start]) / (end - start)
 
 # %% ../nbs/support/plots.ipynb #d0007c92
 def plot_losses(
-    curves:dict, # name -> y values, or name -> (x, y)
-    xlabel:str='step', # label of the x axis
-    ylabel:str='loss (nats per character)', # label of the y axis
-    smooth:int=0, # show a running mean over this many values, the raw curve pale behind it
-    hlines:dict|None=None, # name -> a level to compare with
-    title:str|None=None, # title of the picture
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    curves: dict,  # name -> y values, or name -> (x, y)
+    xlabel: str = 'step',  # label of the x axis
+    ylabel: str = 'loss (nats per character)',  # label of the y axis
+    smooth: int = 0,  # show a running mean over this many values, the raw curve pale behind it
+    hlines: dict | None = None,  # name -> a level to compare with
+    title: str | None = None,  # title of the picture
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "Curves over steps, with levels to compare them with"
     with style():
         ax = figure()[1] if ax is None else ax
         for i, (name, curve) in enumerate(curves.items()):
             (x, y), color = _xy(curve), COLORS[i % len(COLORS)]
             smoothed = smooth > 1 and len(y) >= 2 * smooth
-            if smoothed: ax.plot(x, y, color=color, alpha=.25, linewidth=.8)
+            if smoothed:
+                ax.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
             ax.plot(x, running_mean(y, smooth) if smoothed else y, color=color, label=name)
         for i, (name, level) in enumerate((hlines or {}).items()):
-            ax.axhline(float(level), color=GREY, linestyle=('--', ':', '-.')[i % 3], linewidth=1.3, label=f'{name}: {float(level):.4g}')
-        if len(curves) > 1 or hlines: ax.legend()
+            ax.axhline(
+                float(level),
+                color=GREY,
+                linestyle=('--', ':', '-.')[i % 3],
+                linewidth=1.3,
+                label=f'{name}: {float(level):.4g}',
+            )
+        if len(curves) > 1 or hlines:
+            ax.legend()
         return _labels(ax, title, xlabel, ylabel)
 
 # %% ../nbs/support/plots.ipynb #f01bed1c
 def _checked(m, rows, cols) -> np.ndarray:
     "A matrix as floats, if its labels fit"
     m = as_array(m).astype(float)
-    if m.ndim != 2: raise ValueError(f'm has shape {m.shape}: give a matrix (T, S), one head or one example at a time')
+    if m.ndim != 2:
+        raise ValueError(
+            f'm has shape {m.shape}: give a matrix (T, S), one head or one example at a time'
+        )
     for what, labels, n in (('rows', rows, m.shape[0]), ('cols', cols, m.shape[1])):
-        if labels is not None and len(labels) != n: raise ValueError(f'{what} has {len(labels)} labels for {n}: give one label each')
+        if labels is not None and len(labels) != n:
+            raise ValueError(f'{what} has {len(labels)} labels for {n}: give one label each')
     return m
 
 # %% ../nbs/support/plots.ipynb #93b78eee
 def _ticks(ax, rows, cols):
     "Labels for the rows and columns of a matrix, turned where they are long"
     for axis, names in ((ax.xaxis, cols), (ax.yaxis, rows)):
-        if names is None: axis.get_major_locator().set_params(integer=True)
-        else: axis.set_ticks(range(len(names)), [visible(n) for n in names])
-    if cols is not None and max((len(str(n)) for n in cols), default=0) > 3: ax.tick_params(axis='x', rotation=90)
+        if names is None:
+            axis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_ticks(range(len(names)), [visible(n) for n in names])
+    if cols is not None and max((len(str(n)) for n in cols), default=0) > 3:
+        ax.tick_params(axis='x', rotation=90)
     ax.tick_params(length=0)
-    for spine in ax.spines.values(): spine.set(visible=True, color=PALE, linewidth=.8)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=PALE, linewidth=0.8)
     return ax
 
 # %% ../nbs/support/plots.ipynb #bb3b6dbd
@@ -163,16 +224,25 @@ def _numbers(ax, image, m):
     whole = np.array_equal(m, np.round(m))
     for (t, s), value in np.ndenumerate(m):
         red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
-        color = 'white' if .299 * red + .587 * green + .114 * blue < .55 else INK
+        color = 'white' if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
         text = f'{value:.0f}' if whole else f'{round(value, 2) + 0:.2f}'
-        ax.text(s, t, text.replace('inf', '∞').replace('-', '−'), ha='center', va='center', color=color, fontsize=9 if max(m.shape) <= 10 else 7)
+        ax.text(
+            s,
+            t,
+            text.replace('inf', '∞').replace('-', '−'),
+            ha='center',
+            va='center',
+            color=color,
+            fontsize=9 if max(m.shape) <= 10 else 7,
+        )
 
 # %% ../nbs/support/plots.ipynb #c479e491
 def _heat(ax, m, mask_value, cmap, vmin, vmax, norm):
     "The coloured cells; two colours that meet at zero where there are negative numbers"
     ax.set_facecolor('#ececec')
     shown = np.ma.masked_where(~np.isfinite(m) | (m == mask_value), m)
-    if norm is not None: return ax.imshow(shown, cmap=cmap or 'Blues', norm=norm)
+    if norm is not None:
+        return ax.imshow(shown, cmap=cmap or 'Blues', norm=norm)
     if cmap is None and shown.count() and shown.min() < 0:
         reach = np.abs(shown).max()
         vmin, vmax = -reach if vmin is None else vmin, reach if vmax is None else vmax
@@ -181,64 +251,100 @@ def _heat(ax, m, mask_value, cmap, vmin, vmax, norm):
 
 # %% ../nbs/support/plots.ipynb #8811c45d
 def plot_matrix(
-    m, # (T, S) numbers
-    rows=None, # T labels down the side
-    cols=None, # S labels along the bottom
-    title:str|None=None, # title of the picture
-    xlabel:str|None=None, # label of the x axis
-    ylabel:str|None=None, # label of the y axis
-    values:bool=False, # print each number in its cell
-    cmap:str|None=None, # matplotlib's name of the colours; blue, or red and blue around zero
-    vmin:float|None=None, # value of the first colour
-    vmax:float|None=None, # value of the last colour
-    colorbar:bool=True, # draw the scale beside it
-    mask_value:float|None=None, # cells with this value are left grey, as those that are not finite
-    norm=None, # a matplotlib norm, in place of vmin and vmax
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    m,  # (T, S) numbers
+    rows=None,  # T labels down the side
+    cols=None,  # S labels along the bottom
+    title: str | None = None,  # title of the picture
+    xlabel: str | None = None,  # label of the x axis
+    ylabel: str | None = None,  # label of the y axis
+    values: bool = False,  # print each number in its cell
+    cmap: str | None = None,  # matplotlib's name of the colours; blue, or red and blue around zero
+    vmin: float | None = None,  # value of the first colour
+    vmax: float | None = None,  # value of the last colour
+    colorbar: bool = True,  # draw the scale beside it
+    mask_value: float
+    | None = None,  # cells with this value are left grey, as those that are not finite
+    norm=None,  # a matplotlib norm, in place of vmin and vmax
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "A heat map of a matrix, with the numbers in it if asked"
     m = _checked(m, rows, cols)
     with style():
-        ax = figure(width=np.clip(.5 * m.shape[1] + 1.6, 3, 8), height=np.clip(.5 * m.shape[0] + .9, 2.2, 8))[1] if ax is None else ax
+        ax = (
+            figure(
+                width=np.clip(0.5 * m.shape[1] + 1.6, 3, 8),
+                height=np.clip(0.5 * m.shape[0] + 0.9, 2.2, 8),
+            )[1]
+            if ax is None
+            else ax
+        )
         image = _heat(ax, m, mask_value, cmap, vmin, vmax, norm)
-        if values: _numbers(ax, image, m)
-        if colorbar: ax.figure.colorbar(image, ax=ax, fraction=.046, pad=.03).outline.set_visible(False)
+        if values:
+            _numbers(ax, image, m)
+        if colorbar:
+            ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03).outline.set_visible(False)
         return _labels(_ticks(ax, rows, cols), title, xlabel, ylabel)
 
 # %% ../nbs/support/plots.ipynb #23fe6636
 def _head_grid(H, T, S, longest):
     "Axes for H pictures of T by S cells, and the size of their labels"
-    cell = np.clip((8.6 / H - .3) / S, .12, .3)
-    cols = int(np.clip(8.6 // (cell * S + .3), 1, H))
+    cell = np.clip((8.6 / H - 0.3) / S, 0.12, 0.3)
+    cols = int(np.clip(8.6 // (cell * S + 0.3), 1, H))
     rows = -(-H // cols)
     cols = -(-H // rows)
-    width, height = cols * (cell * S + .3) + 1.2 + .07 * longest, rows * (cell * T + .35) + .5 + (.07 * longest if longest > 3 else .15)
-    _, axes = figure(rows, cols, width=max(width, 2.8), height=height, squeeze=False, sharex=True, sharey=True)
-    for ax in axes.flat[H:]: ax.axis('off')
-    return axes, min(9, cell * 72 * .9)
+    width, height = (
+        cols * (cell * S + 0.3) + 1.2 + 0.07 * longest,
+        rows * (cell * T + 0.35) + 0.5 + (0.07 * longest if longest > 3 else 0.15),
+    )
+    _, axes = figure(
+        rows, cols, width=max(width, 2.8), height=height, squeeze=False, sharex=True, sharey=True
+    )
+    for ax in axes.flat[H:]:
+        ax.axis('off')
+    return axes, min(9, cell * 72 * 0.9)
 
 # %% ../nbs/support/plots.ipynb #2b1bf5c6
 def plot_attention(
-    weights, # (T, S), or (H, T, S) for several heads
-    tokens, # T tokens, or a tuple (T queries, S keys)
-    heads=None, # a title for each head
-    values:bool=False, # print each weight in its cell
-    ax=None, # axes, or one for each head; new ones by default
-): # the axes, or an array with one for each head
+    weights,  # (T, S), or (H, T, S) for several heads
+    tokens,  # T tokens, or a tuple (T queries, S keys)
+    heads=None,  # a title for each head
+    values: bool = False,  # print each weight in its cell
+    ax=None,  # axes, or one for each head; new ones by default
+):  # the axes, or an array with one for each head
     "Attention weights: a row for each query, a column for each key, a picture for each head"
     w = as_array(weights).astype(float)
     w = w[None] if w.ndim == 2 else w
-    if w.ndim != 3: raise ValueError(f'weights has shape {w.shape}: give (T, S), or (H, T, S) for several heads of one example')
+    if w.ndim != 3:
+        raise ValueError(
+            f'weights has shape {w.shape}: give (T, S), or (H, T, S) for several heads of one example'
+        )
     rows, cols = map(list, tokens if isinstance(tokens, tuple) else (tokens, tokens))
-    titles = heads if heads is not None else [f'head {h}' for h in range(len(w))] if len(w) > 1 else ['']
-    for h in range(len(w)): _checked(w[h], rows, cols)
+    titles = (
+        heads if heads is not None else [f'head {h}' for h in range(len(w))] if len(w) > 1 else ['']
+    )
+    for h in range(len(w)):
+        _checked(w[h], rows, cols)
     with style():
-        grid, size = _head_grid(*w.shape, max(len(str(t)) for t in rows + cols)) if ax is None else (np.atleast_1d(ax), 9)
+        grid, size = (
+            _head_grid(*w.shape, max(len(str(t)) for t in rows + cols))
+            if ax is None
+            else (np.atleast_1d(ax), 9)
+        )
         for one, name, a in zip(w, titles, grid.flat):
-            plot_matrix(one, rows, cols, name, values=values, vmin=0, vmax=np.nanmax(w), colorbar=False, ax=a)
+            plot_matrix(
+                one,
+                rows,
+                cols,
+                name,
+                values=values,
+                vmin=0,
+                vmax=np.nanmax(w),
+                colorbar=False,
+                ax=a,
+            )
             a.tick_params(labelsize=size)
         _attention_labels(grid, ax is None)
-        return grid.flat[0] if len(w) == 1 else grid.ravel()[:len(w)]
+        return grid.flat[0] if len(w) == 1 else grid.ravel()[: len(w)]
 
 # %% ../nbs/support/plots.ipynb #c8ec005c
 def _attention_labels(grid, own):
@@ -248,21 +354,34 @@ def _attention_labels(grid, own):
         lowest = [a for a in column if a.axison][-1]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel('attends to (key)')
-    for a in grid[:, 0]: a.set_ylabel('query')
-    bar = grid.flat[0].figure.colorbar(grid.flat[0].images[0], ax=list(grid.flat), fraction=.03, pad=.02, aspect=25, label='weight')
+    for a in grid[:, 0]:
+        a.set_ylabel('query')
+    bar = grid.flat[0].figure.colorbar(
+        grid.flat[0].images[0],
+        ax=list(grid.flat),
+        fraction=0.03,
+        pad=0.02,
+        aspect=25,
+        label='weight',
+    )
     bar.outline.set_visible(False)
 
 # %% ../nbs/support/plots.ipynb #0abbed1f
 def edge_weights(
-    graph, # a list of pairs (source, target), or a boolean matrix (T, S): row t listens to column s
-    weights=None, # (T, S) numbers, or one for each pair
-) -> dict: # (source, target) -> weight
+    graph,  # a list of pairs (source, target), or a boolean matrix (T, S): row t listens to column s
+    weights=None,  # (T, S) numbers, or one for each pair
+) -> dict:  # (source, target) -> weight
     "The edges of a graph with their weights, 1 where none are given"
     if isinstance(graph, (list, set)) and all(isinstance(e, tuple) for e in graph):
         pairs = list(graph)
-        return dict(zip(pairs, as_array(weights).tolist() if weights is not None else [1.] * len(pairs)))
+        return dict(
+            zip(pairs, as_array(weights).tolist() if weights is not None else [1.0] * len(pairs))
+        )
     m = as_array(graph)
-    if m.ndim != 2: raise ValueError(f'graph has shape {m.shape}: give a list of pairs (source, target), or a matrix (T, S)')
+    if m.ndim != 2:
+        raise ValueError(
+            f'graph has shape {m.shape}: give a list of pairs (source, target), or a matrix (T, S)'
+        )
     w = as_array(weights) if weights is not None else np.ones(m.shape)
     return {(int(s), int(t)): float(w[t, s]) for t, s in np.argwhere(m)}
 
@@ -271,39 +390,90 @@ def _places(layout, n) -> tuple:
     "Where n[0] speakers and n[1] listeners stand, as arrays of (x, y)"
     k = max(n)
     if layout == 'bipartite':
-        row = lambda many, y: np.stack([(np.arange(many) + .5) * k / many, np.full(many, y)], 1)
-        return row(n[0], 1.6), row(n[1], 0.)
+        row = lambda many, y: np.stack([(np.arange(many) + 0.5) * k / many, np.full(many, y)], 1)
+        return row(n[0], 1.6), row(n[1], 0.0)
     angle = np.pi / 2 - 2 * np.pi * np.arange(k) / k
-    if layout == 'line': at = np.stack([np.arange(k), np.zeros(k)], 1)
-    else: at = max(.75, .55 * k / np.pi) * np.stack([np.cos(angle), np.sin(angle)], 1)
+    if layout == 'line':
+        at = np.stack([np.arange(k), np.zeros(k)], 1)
+    else:
+        at = max(0.75, 0.55 * k / np.pi) * np.stack([np.cos(angle), np.sin(angle)], 1)
     return at, at
 
 # %% ../nbs/support/plots.ipynb #6945c8b3
 def _arrow(ax, start, end, weight, bend):
     "An edge from one circle to another; the larger its weight, the wider and darker"
     from matplotlib.patches import FancyArrowPatch
-    ax.add_patch(FancyArrowPatch(start.center, end.center, patchA=start, patchB=end, shrinkA=0, shrinkB=1, connectionstyle=f'arc3,rad={bend}',
-                                 arrowstyle='-|>', mutation_scale=8, color=COLORS[0], linewidth=.5 + weight, alpha=.25 + .6 * weight, clip_on=False))
+
+    ax.add_patch(
+        FancyArrowPatch(
+            start.center,
+            end.center,
+            patchA=start,
+            patchB=end,
+            shrinkA=0,
+            shrinkB=1,
+            connectionstyle=f'arc3,rad={bend}',
+            arrowstyle='-|>',
+            mutation_scale=8,
+            color=COLORS[0],
+            linewidth=0.5 + weight,
+            alpha=0.25 + 0.6 * weight,
+            clip_on=False,
+        )
+    )
 
 # %% ../nbs/support/plots.ipynb #e1aaf239
 def _self_loop(ax, node, weight, out):
     "An edge from a circle to itself, on the side `out`, a unit vector"
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Curve
+
     out, side = np.array(out), np.array([out[1], -out[0]])
-    corners = [node.center + o * out + s * side for o, s in ((.26, -.14), (.75, -.42), (.75, .42), (.28, .16))]
-    ax.add_patch(FancyArrowPatch(path=Curve(corners, [Curve.MOVETO] + [Curve.CURVE4] * 3), arrowstyle='-|>', mutation_scale=8,
-                                 color=COLORS[0], linewidth=.5 + weight, alpha=.25 + .6 * weight, clip_on=False))
+    corners = [
+        node.center + o * out + s * side
+        for o, s in ((0.26, -0.14), (0.75, -0.42), (0.75, 0.42), (0.28, 0.16))
+    ]
+    ax.add_patch(
+        FancyArrowPatch(
+            path=Curve(corners, [Curve.MOVETO] + [Curve.CURVE4] * 3),
+            arrowstyle='-|>',
+            mutation_scale=8,
+            color=COLORS[0],
+            linewidth=0.5 + weight,
+            alpha=0.25 + 0.6 * weight,
+            clip_on=False,
+        )
+    )
 
 # %% ../nbs/support/plots.ipynb #26c58884
 def _circles(ax, places, names, color, face) -> list:
     "The nodes of one row, with their names"
     from matplotlib.patches import Circle
+
     nodes = []
     for k, at in enumerate(places):
-        nodes.append(ax.add_patch(Circle(at, .28, facecolor=face, edgecolor=color, linewidth=1.2, zorder=2, clip_on=False)))
+        nodes.append(
+            ax.add_patch(
+                Circle(
+                    at,
+                    0.28,
+                    facecolor=face,
+                    edgecolor=color,
+                    linewidth=1.2,
+                    zorder=2,
+                    clip_on=False,
+                )
+            )
+        )
         name = visible(names[k]) if names is not None else str(k)
-        ax.text(*at, name, ha='center', va='center', fontsize=9 if len(name) < 4 else max(5.5, 12 - len(name)), zorder=3)
+        ax.text(
+            *at,
+            name,
+            ha='center',
+            va='center',
+            fontsize=9 if len(name) < 4 else max(5.5, 12 - len(name)),
+            zorder=3,
+        )
     return nodes
 
 # %% ../nbs/support/plots.ipynb #9c068ea8
@@ -311,34 +481,64 @@ def _draw_graph(ax, edges, places, names, layout):
     "Nodes, then edges, each bent as its layout asks; and room around them"
     ax.axis('off')
     sources = _circles(ax, places[0], names[0], COLORS[0], '#e8f1f8')
-    targets = _circles(ax, places[1], names[1], COLORS[1], '#fdf0e6') if layout == 'bipartite' else sources
-    top, bend = max(edges.values(), default=1) or 1, {'line': -.45, 'circle': .1, 'bipartite': 0}[layout]
+    targets = (
+        _circles(ax, places[1], names[1], COLORS[1], '#fdf0e6')
+        if layout == 'bipartite'
+        else sources
+    )
+    top, bend = (
+        max(edges.values(), default=1) or 1,
+        {'line': -0.45, 'circle': 0.1, 'bipartite': 0}[layout],
+    )
     for (s, t), weight in edges.items():
-        if s != t or layout == 'bipartite': _arrow(ax, sources[s], targets[t], weight / top, bend)
-        else: _self_loop(ax, sources[s], weight / top, (0, -1) if layout == 'line' else places[0][s] / np.hypot(*places[0][s]))
-    reach = lambda kind: .225 * max((t - s if kind == 'up' else s - t for s, t in edges), default=0) if layout == 'line' else 0
-    room, low, high = .85 if layout == 'circle' else .45, np.concatenate(places).min(0), np.concatenate(places).max(0)
-    wide = max(room, 1.8 - (high[0] - low[0]) / 2) # a few nodes do not fill the picture
+        if s != t or layout == 'bipartite':
+            _arrow(ax, sources[s], targets[t], weight / top, bend)
+        else:
+            _self_loop(
+                ax,
+                sources[s],
+                weight / top,
+                (0, -1) if layout == 'line' else places[0][s] / np.hypot(*places[0][s]),
+            )
+    reach = lambda kind: (
+        0.225 * max((t - s if kind == 'up' else s - t for s, t in edges), default=0)
+        if layout == 'line'
+        else 0
+    )
+    room, low, high = (
+        0.85 if layout == 'circle' else 0.45,
+        np.concatenate(places).min(0),
+        np.concatenate(places).max(0),
+    )
+    wide = max(room, 1.8 - (high[0] - low[0]) / 2)  # a few nodes do not fill the picture
     ax.set_xlim(low[0] - wide, high[0] + wide, auto=True)
-    ax.set_ylim(low[1] - max(.7 if layout == 'line' else room, reach('down') + .1), high[1] + max(room, reach('up') + .1), auto=True)
+    ax.set_ylim(
+        low[1] - max(0.7 if layout == 'line' else room, reach('down') + 0.1),
+        high[1] + max(room, reach('up') + 0.1),
+        auto=True,
+    )
     ax.set_aspect('equal', adjustable='datalim')
 
 # %% ../nbs/support/plots.ipynb #1884e301
 def plot_graph(
-    graph, # a list of pairs (source, target), or a boolean matrix (T, S): row t listens to column s
-    labels=None, # names of the nodes; a tuple (sources, targets) if bipartite
-    title:str|None=None, # title of the picture
-    layout:str='line', # 'line', 'circle' or 'bipartite'
-    weights=None, # a number for each edge, shown as its width
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    graph,  # a list of pairs (source, target), or a boolean matrix (T, S): row t listens to column s
+    labels=None,  # names of the nodes; a tuple (sources, targets) if bipartite
+    title: str | None = None,  # title of the picture
+    layout: str = 'line',  # 'line', 'circle' or 'bipartite'
+    weights=None,  # a number for each edge, shown as its width
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "A message-passing graph: an arrow from each node that speaks to each node that listens"
-    if layout not in ('line', 'circle', 'bipartite'): raise ValueError(f"layout {layout!r} must be 'line', 'circle' or 'bipartite'")
+    if layout not in ('line', 'circle', 'bipartite'):
+        raise ValueError(f"layout {layout!r} must be 'line', 'circle' or 'bipartite'")
     edges = edge_weights(graph, weights)
     names = labels if isinstance(labels, tuple) else (labels, labels)
     need = [1 + max((e[i] for e in edges), default=0) for i in (0, 1)]
     have = [need[i] if names[i] is None else len(names[i]) for i in (0, 1)]
-    if have[0] < need[0] or have[1] < need[1]: raise ValueError(f'labels name {have} nodes but the edges need {need}: give a label for each node')
+    if have[0] < need[0] or have[1] < need[1]:
+        raise ValueError(
+            f'labels name {have} nodes but the edges need {need}: give a label for each node'
+        )
     with style():
         ax = figure(width=4.6, height=3)[1] if ax is None else ax
         _draw_graph(ax, edges, _places(layout, have), names, layout)
@@ -346,19 +546,36 @@ def plot_graph(
 
 # %% ../nbs/support/plots.ipynb #ab170c67
 def plot_bigram(
-    counts, # (V, V): a row for this character, a column for the next one
-    chars, # the V characters
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    counts,  # (V, V): a row for this character, a column for the next one
+    chars,  # the V characters
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "How often each character follows each other, on a log scale; pairs never seen stay grey"
     from matplotlib.colors import LogNorm
+
     m = _checked(counts, chars, chars)
     with style():
-        ax = figure(width=min(8, .11 * len(m) + 1.2), height=min(7.4, .11 * len(m) + .7))[1] if ax is None else ax
+        ax = (
+            figure(width=min(8, 0.11 * len(m) + 1.2), height=min(7.4, 0.11 * len(m) + 0.7))[1]
+            if ax is None
+            else ax
+        )
         norm = LogNorm(m[m > 0].min(), m.max()) if m.any() else None
-        plot_matrix(m, list(chars), list(chars), None, 'next character', 'this character', mask_value=0, norm=norm, ax=ax)
-        powers = [10.**k for k in range(12) if 10.**k < m.max() / 2]
-        ax.images[0].colorbar.set_ticks([*powers, m.max()], labels=[f'{n:,.0f}' for n in (*powers, m.max())], minor=False)
+        plot_matrix(
+            m,
+            list(chars),
+            list(chars),
+            None,
+            'next character',
+            'this character',
+            mask_value=0,
+            norm=norm,
+            ax=ax,
+        )
+        powers = [10.0**k for k in range(12) if 10.0**k < m.max() / 2]
+        ax.images[0].colorbar.set_ticks(
+            [*powers, m.max()], labels=[f'{n:,.0f}' for n in (*powers, m.max())], minor=False
+        )
         ax.images[0].colorbar.minorticks_off()
         ax.images[0].colorbar.set_label('times seen')
         ax.tick_params(labelsize=6.5 if len(m) > 40 else 8)
@@ -366,56 +583,80 @@ def plot_bigram(
 
 # %% ../nbs/support/plots.ipynb #1d5aa7be
 def plot_bars(
-    bars:dict, # name -> value
-    xlabel:str|None=None, # what the values are, with their unit
-    title:str|None=None, # title of the picture
-    spec:str='.4g', # how to write a value
-    levels:dict|None=None, # name -> a level to compare with
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    bars: dict,  # name -> value
+    xlabel: str | None = None,  # what the values are, with their unit
+    title: str | None = None,  # title of the picture
+    spec: str = '.4g',  # how to write a value
+    levels: dict | None = None,  # name -> a level to compare with
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "Horizontal bars, the first on top, each with its number"
     value = [float(v) for v in bars.values()]
     with style():
-        ax = figure(height=.36 * len(bars) + (1.2 if levels else .9))[1] if ax is None else ax
-        drawn = ax.barh(range(len(bars)), value, color=COLORS[0], height=.65)
+        ax = figure(height=0.36 * len(bars) + (1.2 if levels else 0.9))[1] if ax is None else ax
+        drawn = ax.barh(range(len(bars)), value, color=COLORS[0], height=0.65)
         ax.set_yticks(range(len(bars)), list(bars))
         ax.tick_params(axis='y', length=0)
         ax.invert_yaxis()
-        ax.margins(x=.14)
-        for name, level in (levels or {}).items(): ax.axvline(float(level), color=GREY, linestyle='--', linewidth=1.3, label=f'{name}: {float(level):.4g}')
-        ax.bar_label(drawn, [f'{v:{spec}}' for v in value], padding=4, fontsize=9, bbox=dict(facecolor=PAPER, edgecolor='none', pad=1), zorder=4)
-        if levels: ax.legend(loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0, ncols=3)
+        ax.margins(x=0.14)
+        for name, level in (levels or {}).items():
+            ax.axvline(
+                float(level),
+                color=GREY,
+                linestyle='--',
+                linewidth=1.3,
+                label=f'{name}: {float(level):.4g}',
+            )
+        ax.bar_label(
+            drawn,
+            [f'{v:{spec}}' for v in value],
+            padding=4,
+            fontsize=9,
+            bbox=dict(facecolor=PAPER, edgecolor='none', pad=1),
+            zorder=4,
+        )
+        if levels:
+            ax.legend(loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0, ncols=3)
         return _labels(ax, title, xlabel, None)
 
 # %% ../nbs/support/plots.ipynb #f53cce73
 def plot_by_depth(
-    curves:dict, # name -> a value for each layer, the first layer first
-    log:bool=True, # log scale for the values
-    xlabel:str='layer', # label of the x axis
-    ylabel:str='gradient norm', # label of the y axis
-    title:str|None=None, # title of the picture
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    curves: dict,  # name -> a value for each layer, the first layer first
+    log: bool = True,  # log scale for the values
+    xlabel: str = 'layer',  # label of the x axis
+    ylabel: str = 'gradient norm',  # label of the y axis
+    title: str | None = None,  # title of the picture
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "A value for each layer, layers counted from 1"
     with style():
         ax = figure()[1] if ax is None else ax
         for i, (name, curve) in enumerate(curves.items()):
             y = as_array(curve)
-            ax.plot(range(1, len(y) + 1), y, marker='osD^vP*'[i % 7], markersize=4.5, color=COLORS[i % len(COLORS)], label=name)
-        if log: ax.set_yscale('log')
+            ax.plot(
+                range(1, len(y) + 1),
+                y,
+                marker='osD^vP*'[i % 7],
+                markersize=4.5,
+                color=COLORS[i % len(COLORS)],
+                label=name,
+            )
+        if log:
+            ax.set_yscale('log')
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if len(curves) > 1: ax.legend()
+        if len(curves) > 1:
+            ax.legend()
         return _labels(ax, title, xlabel, ylabel)
 
 # %% ../nbs/support/plots.ipynb #07b36bfe
 def plot_hist(
-    samples:dict, # name -> numbers of any shape
-    bins:int=50, # number of bins, shared by all
-    xlabel:str='value', # label of the x axis
-    density:bool=True, # area 1 for each; False counts
-    title:str|None=None, # title of the picture
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    samples: dict,  # name -> numbers of any shape
+    bins: int = 50,  # number of bins, shared by all
+    xlabel: str = 'value',  # label of the x axis
+    density: bool = True,  # area 1 for each; False counts
+    title: str | None = None,  # title of the picture
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "Histograms over the same bins"
     data = {name: as_array(x).astype(float).ravel() for name, x in samples.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(data.values())), bins)
@@ -423,58 +664,138 @@ def plot_hist(
         ax = figure()[1] if ax is None else ax
         for i, (name, x) in enumerate(data.items()):
             color = COLORS[i % len(COLORS)]
-            ax.hist(x, edges, density=density, histtype='stepfilled', facecolor=color + '40', edgecolor=color, linewidth=1.4, label=name)
-        if len(data) > 1: ax.legend()
+            ax.hist(
+                x,
+                edges,
+                density=density,
+                histtype='stepfilled',
+                facecolor=color + '40',
+                edgecolor=color,
+                linewidth=1.4,
+                label=name,
+            )
+        if len(data) > 1:
+            ax.legend()
         return _labels(ax, title, xlabel, 'density' if density else 'count')
 
 # %% ../nbs/support/plots.ipynb #d879aec6
-WALK = (('text', '"the cat"'), ('ids', '(n)'), ('batch', '(B, T)'), ('embedding', '(B, T, C)'), ('block × N', '(B, T, C)'),
-        ('logits', '(B, T, V)'), ('loss', 'one number'), ('training', 'new weights'), ('sampling', 'next id'), ('text', '"the cat sat"'))
-INSIDE = (('attention', '(T, T) weights'), ('multi-head', '(B, H, T, D)'), ('positions', 'which comes first'))
-STEPS = {'data': (0, 1, 2), 'tokenizer': (1,), 'bigram': (3, 5, 6), 'attention': (10,), 'multihead': (11,), 'positions': (12,), 'block': (4,),
-         'gpt': (3, 4, 5), 'training': (6, 7), 'scaling': (7,), 'generation': (8, 9)}
+WALK = (
+    ('text', '"the cat"'),
+    ('ids', '(n)'),
+    ('batch', '(B, T)'),
+    ('embedding', '(B, T, C)'),
+    ('block × N', '(B, T, C)'),
+    ('logits', '(B, T, V)'),
+    ('loss', 'one number'),
+    ('training', 'new weights'),
+    ('sampling', 'next id'),
+    ('text', '"the cat sat"'),
+)
+INSIDE = (
+    ('attention', '(T, T) weights'),
+    ('multi-head', '(B, H, T, D)'),
+    ('positions', 'which comes first'),
+)
+STEPS = {
+    'data': (0, 1, 2),
+    'tokenizer': (1,),
+    'bigram': (3, 5, 6),
+    'attention': (10,),
+    'multihead': (11,),
+    'positions': (12,),
+    'block': (4,),
+    'gpt': (3, 4, 5),
+    'training': (6, 7),
+    'scaling': (7,),
+    'generation': (8, 9),
+}
 
 # %% ../nbs/support/plots.ipynb #d3eb35d8
 def _stop(ax, x, y, half, name, shape, lit):
     "One stop of the walk: a rounded box, its shape below"
     from matplotlib.patches import FancyBboxPatch
+
     face, edge = (COLORS[0], COLORS[0]) if lit else ('#eef2f5', '#a9b4bd')
-    ax.add_patch(FancyBboxPatch((x - half, y - .25), 2 * half, .5, boxstyle='round,pad=0,rounding_size=.12', facecolor=face, edgecolor=edge,
-                                linewidth=1.1, gid=name if lit else None, zorder=2))
-    ax.text(x, y - .01, name, ha='center', va='center', fontsize=8.3, color='white' if lit else INK)
-    ax.text(x, y - .39, shape, ha='center', va='center', fontsize=7.5, color=INK if lit else '#666666')
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - half, y - 0.25),
+            2 * half,
+            0.5,
+            boxstyle='round,pad=0,rounding_size=.12',
+            facecolor=face,
+            edgecolor=edge,
+            linewidth=1.1,
+            gid=name if lit else None,
+            zorder=2,
+        )
+    )
+    ax.text(
+        x, y - 0.01, name, ha='center', va='center', fontsize=8.3, color='white' if lit else INK
+    )
+    ax.text(
+        x, y - 0.39, shape, ha='center', va='center', fontsize=7.5, color=INK if lit else '#666666'
+    )
 
 # %% ../nbs/support/plots.ipynb #0b9effec
 def datum_walk(
-    *steps:str, # the steps to light, names of `STEPS`
-    ax=None, # axes to draw on; new ones by default
-): # the axes
+    *steps: str,  # the steps to light, names of `STEPS`
+    ax=None,  # axes to draw on; new ones by default
+):  # the axes
     "The course's map: the walk of one datum through the model, with these steps lit"
     unknown = [s for s in steps if s not in STEPS]
-    if unknown: raise ValueError(f'{unknown} is not on the map: choose from {", ".join(STEPS)}')
+    if unknown:
+        raise ValueError(f'{unknown} is not on the map: choose from {", ".join(STEPS)}')
     lit = {stop for s in steps for stop in STEPS[s]}
     with style():
         ax = figure(width=8.8, height=2)[1] if ax is None else ax
-        for i, (name, shape) in enumerate(WALK): _stop(ax, i, 1.3, .42, name, shape, i in lit)
-        for i in range(9): ax.annotate('', (i + .6, 1.3), (i + .41, 1.3), arrowprops=dict(arrowstyle='-|>', color=GREY, linewidth=.9, shrinkA=0, shrinkB=0, mutation_scale=9))
-        for i, (name, shape) in enumerate(INSIDE): _stop(ax, 4 + 1.4 * (i - 1), 0, .6, name, shape, 10 + i in lit)
-        ax.fill([3.58, 4.42, 4.5, 6.15, 6.15, 1.85, 1.85, 3.5], [1.1, 1.1, .76, .38, -.55, -.55, .38, .76], color='#e3e9ee', zorder=0)
-        ax.set(xlim=(-.45, 9.45), ylim=(-.6, 1.6))
+        for i, (name, shape) in enumerate(WALK):
+            _stop(ax, i, 1.3, 0.42, name, shape, i in lit)
+        for i in range(9):
+            ax.annotate(
+                '',
+                (i + 0.6, 1.3),
+                (i + 0.41, 1.3),
+                arrowprops=dict(
+                    arrowstyle='-|>',
+                    color=GREY,
+                    linewidth=0.9,
+                    shrinkA=0,
+                    shrinkB=0,
+                    mutation_scale=9,
+                ),
+            )
+        for i, (name, shape) in enumerate(INSIDE):
+            _stop(ax, 4 + 1.4 * (i - 1), 0, 0.6, name, shape, 10 + i in lit)
+        ax.fill(
+            [3.58, 4.42, 4.5, 6.15, 6.15, 1.85, 1.85, 3.5],
+            [1.1, 1.1, 0.76, 0.38, -0.55, -0.55, 0.38, 0.76],
+            color='#e3e9ee',
+            zorder=0,
+        )
+        ax.set(xlim=(-0.45, 9.45), ylim=(-0.6, 1.6))
         ax.axis('off')
         return ax
 
 # %% ../nbs/support/plots.ipynb #c538e25b
 def save_png(
-    fig_or_ax, # what a plot function returned, or its figure
-    path, # where to write it
+    fig_or_ax,  # what a plot function returned, or its figure
+    path,  # where to write it
 ) -> Path:
     "Write a picture as PNG: under a temporary name, then renamed; needs no display"
     fig, path, data = np.ravel(fig_or_ax)[0], Path(path), io.BytesIO()
     fig = getattr(fig, 'figure', None) or fig
-    fig.savefig(data, format='png', backend='agg', dpi=fig.dpi, facecolor=fig.get_facecolor(), bbox_inches='tight')
+    fig.savefig(
+        data,
+        format='png',
+        backend='agg',
+        dpi=fig.dpi,
+        facecolor=fig.get_facecolor(),
+        bbox_inches='tight',
+    )
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.tmp')
     try:
-        with os.fdopen(fd, 'wb') as f: f.write(data.getvalue())
+        with os.fdopen(fd, 'wb') as f:
+            f.write(data.getvalue())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -487,28 +808,41 @@ def _notebook_bar():
     "A tqdm bar that draws itself as a small HTML element and empties it at the end"
     from IPython.display import display
     from tqdm import tqdm
+
     form = '{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+
     class NotebookBar(tqdm):
         handle = None
+
         def display(self, msg=None, **kw):
             now = self.format_dict
             text = self.format_meter(**dict(now, bar_format=form)) if msg != '' else ''
-            bar = f'<progress value="{now["n"]}" max="{now["total"] or 0}"></progress> <small>{text}</small>' if text else ''
+            bar = (
+                f'<progress value="{now["n"]}" max="{now["total"] or 0}"></progress> <small>{text}</small>'
+                if text
+                else ''
+            )
             data = {'text/html': bar, 'text/plain': text}
-            if self.handle: self.handle.update(data, raw=True)
-            elif text: self.handle = display(data, raw=True, display_id=True)
+            if self.handle:
+                self.handle.update(data, raw=True)
+            elif text:
+                self.handle = display(data, raw=True, display_id=True)
+
     return NotebookBar
 
 # %% ../nbs/support/plots.ipynb #ad8879dd
 def progress(
-    iterable=None, # what to walk through
-    total:int|None=None, # how many steps, where `iterable` has no length
-    desc:str='', # what is going on
-    **kw, # for tqdm
-): # a tqdm bar: an iterator, with .update, .set_postfix and .close
+    iterable=None,  # what to walk through
+    total: int | None = None,  # how many steps, where `iterable` has no length
+    desc: str = '',  # what is going on
+    **kw,  # for tqdm
+):  # a tqdm bar: an iterator, with .update, .set_postfix and .close
     "A progress bar that leaves nothing behind; silent in tests and where nobody looks"
     from tqdm import tqdm
+
     look = dict(total=total, desc=desc, leave=False) | kw
-    if os.environ.get('IN_TEST') or os.environ.get('TRANSFORMER_COURSE_PROGRESS') == '0': return tqdm(iterable, **look | dict(disable=True))
-    if getattr(_shell(), 'kernel', None) is None: return tqdm(iterable, **dict(disable=None, dynamic_ncols=True, ascii=True) | look)
-    return _notebook_bar()(iterable, **dict(file=io.StringIO(), delay=.5, mininterval=.3) | look)
+    if os.environ.get('IN_TEST') or os.environ.get('TRANSFORMER_COURSE_PROGRESS') == '0':
+        return tqdm(iterable, **look | dict(disable=True))
+    if getattr(_shell(), 'kernel', None) is None:
+        return tqdm(iterable, **dict(disable=None, dynamic_ncols=True, ascii=True) | look)
+    return _notebook_bar()(iterable, **dict(file=io.StringIO(), delay=0.5, mininterval=0.3) | look)

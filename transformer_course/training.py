@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import TensorFile, read_checkpoint, restore_model, restore_optimizers, save_checkpoint, verified_checkpoint
+from transformer_course.checkpoint import (
+    TensorFile,
+    read_checkpoint,
+    restore_model,
+    restore_optimizers,
+    save_checkpoint,
+    verified_checkpoint,
+)
 from .gpt import GPT, GPTConfig, config_from_dict
 from .multihead import MultiHeadAttention
 from .plots import progress
@@ -30,194 +37,293 @@ from .plots import progress
 @dataclass
 class TrainConfig:
     "How to train: the names are nanoGPT's where it has them."
-    max_iters:int = 800                  # number of updates
-    batch_size:int = 16                  # B, sequences per forward pass
-    gradient_accumulation_steps:int = 1  # forward passes per update
-    optimizer:str = 'muon'               # muon (matrices by Muon, the rest by AdamW) or adamw
-    learning_rate:float = 5e-3           # AdamW's step size at its highest
-    muon_lr:float = 0.02                 # Muon's step size at its highest
-    weight_decay:float = 0.1             # on matrices only
-    beta1:float = 0.9                    # AdamW's average of gradients
-    beta2:float = 0.95                   # AdamW's average of their squares
-    grad_clip:float = 0.0                # longest gradient allowed; 0: any
-    warmup_iters:int = 20                # updates until the step sizes are at their highest
-    lr_decay:str = 'linear'              # linear or cosine to min_lr_ratio, or none
-    min_lr_ratio:float = 0.0             # the last step size as a share of the highest
-    eval_interval:int = 200              # updates between evaluations, checkpoints and samples
-    dtype:str = 'auto'                   # numbers of the products: float32, bfloat16, float16, or auto: what the device is good at
-    compile:bool|None = None             # translate the model with torch.compile; None: where it pays
-    seed:int = 1337                      # decides batches and dropout
+
+    max_iters: int = 800  # number of updates
+    batch_size: int = 16  # B, sequences per forward pass
+    gradient_accumulation_steps: int = 1  # forward passes per update
+    optimizer: str = 'muon'  # muon (matrices by Muon, the rest by AdamW) or adamw
+    learning_rate: float = 5e-3  # AdamW's step size at its highest
+    muon_lr: float = 0.02  # Muon's step size at its highest
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW's average of gradients
+    beta2: float = 0.95  # AdamW's average of their squares
+    grad_clip: float = 0.0  # longest gradient allowed; 0: any
+    warmup_iters: int = 20  # updates until the step sizes are at their highest
+    lr_decay: str = 'linear'  # linear or cosine to min_lr_ratio, or none
+    min_lr_ratio: float = 0.0  # the last step size as a share of the highest
+    eval_interval: int = 200  # updates between evaluations, checkpoints and samples
+    dtype: str = 'auto'  # numbers of the products: float32, bfloat16, float16, or auto: what the device is good at
+    compile: bool | None = None  # translate the model with torch.compile; None: where it pays
+    seed: int = 1337  # decides batches and dropout
 
 # %% ../nbs/09_training.ipynb #f4e1f62d
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+
 def choose_precision(
-    device:str|torch.device,                 # cpu, cuda or mps
-    dtype:str='auto',                        # a name in `DTYPES`, or auto
-    capability:tuple[int, int]|None=None,    # of the GPU; default: asked of the GPU
-)->torch.dtype:
+    device: str | torch.device,  # cpu, cuda or mps
+    dtype: str = 'auto',  # a name in `DTYPES`, or auto
+    capability: tuple[int, int] | None = None,  # of the GPU; default: asked of the GPU
+) -> torch.dtype:
     "The numbers to multiply in: bfloat16 on GPUs from 2020 on, float16 on those from 2017 on, float32 elsewhere; or what `dtype` says."
-    if dtype in DTYPES: return DTYPES[dtype]
-    if dtype != 'auto': raise ValueError(f'dtype={dtype!r} is not known: choose auto or one of {", ".join(DTYPES)}')
-    if torch.device(device).type != 'cuda': return torch.float32
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != 'auto':
+        raise ValueError(f'dtype={dtype!r} is not known: choose auto or one of {", ".join(DTYPES)}')
+    if torch.device(device).type != 'cuda':
+        return torch.float32
     major, _ = capability or torch.cuda.get_device_capability(device)
     return torch.bfloat16 if major >= 8 else torch.float16 if major >= 7 else torch.float32
 
+
 def choose_compile(
-    device:str|torch.device, # cpu, cuda or mps
-    config:TrainConfig,      # compile and max_iters
-)->bool:
+    device: str | torch.device,  # cpu, cuda or mps
+    config: TrainConfig,  # compile and max_iters
+) -> bool:
     "Whether to translate the model: as `compile` says, or on a GPU for a run long enough to earn back the minute that it takes."
-    if config.compile is not None: return config.compile
-    return torch.device(device).type == 'cuda' and config.max_iters >= 1000 and sys.platform == 'linux'
+    if config.compile is not None:
+        return config.compile
+    return (
+        torch.device(device).type == 'cuda' and config.max_iters >= 1000 and sys.platform == 'linux'
+    )
 
 # %% ../nbs/09_training.ipynb #c90dceea
-def check_train_config(config:TrainConfig)->None:
+def check_train_config(config: TrainConfig) -> None:
     "Raise a `ValueError` that names the first field of `config` that cannot be right."
     for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval'):
-        if getattr(config, name) < 1: raise ValueError(f'{name}={getattr(config, name)} must be at least 1')
-    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr_ratio'):
-        if getattr(config, name) < 0: raise ValueError(f'{name}={getattr(config, name)} must not be negative')
+        if getattr(config, name) < 1:
+            raise ValueError(f'{name}={getattr(config, name)} must be at least 1')
+    for name in (
+        'learning_rate',
+        'muon_lr',
+        'weight_decay',
+        'grad_clip',
+        'warmup_iters',
+        'min_lr_ratio',
+    ):
+        if getattr(config, name) < 0:
+            raise ValueError(f'{name}={getattr(config, name)} must not be negative')
     choose_precision('cpu', config.dtype)
 
 # %% ../nbs/09_training.ipynb #85685fba
 def lr_factor(
-    step:int,           # updates done so far
-    config:TrainConfig, # warmup_iters, max_iters, lr_decay, min_lr_ratio
-)->float:               # 0 to 1
+    step: int,  # updates done so far
+    config: TrainConfig,  # warmup_iters, max_iters, lr_decay, min_lr_ratio
+) -> float:  # 0 to 1
     "The step size as a share of its highest value: a linear warm-up, then a decay."
     warm = min(1.0, (step + 1) / (config.warmup_iters + 1))
     done = min(1.0, (step + 1) / config.max_iters)
     shape = {'none': 1.0, 'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done))}
-    if config.lr_decay not in shape: raise ValueError(f'lr_decay={config.lr_decay!r} is not known: choose one of {", ".join(shape)}')
+    if config.lr_decay not in shape:
+        raise ValueError(
+            f'lr_decay={config.lr_decay!r} is not known: choose one of {", ".join(shape)}'
+        )
     return warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape[config.lr_decay])
 
 # %% ../nbs/09_training.ipynb #eea8731c
 def orthogonalize(
-    G:Tensor,    # (..., M, N) a matrix or a stack of them
-    steps:int=5, # Newton-Schulz steps
-    dtype:torch.dtype|None=None, # of the products; default: bfloat16 on a GPU that has it, as G elsewhere
-)->Tensor:       # (..., M, N) the same directions, all singular values near 1
+    G: Tensor,  # (..., M, N) a matrix or a stack of them
+    steps: int = 5,  # Newton-Schulz steps
+    dtype: torch.dtype
+    | None = None,  # of the products; default: bfloat16 on a GPU that has it, as G elsewhere
+) -> Tensor:  # (..., M, N) the same directions, all singular values near 1
     "Replace the singular values of G by about one, with matrix products alone (Jordan 2024, Muon)."
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = (G.mT if G.shape[-2] > G.shape[-1] else G).to(dtype or choose_precision(G.device) if G.is_cuda or dtype else G.dtype)
+    X = (G.mT if G.shape[-2] > G.shape[-1] else G).to(
+        dtype or choose_precision(G.device) if G.is_cuda or dtype else G.dtype
+    )
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        A = X @ X.mT                          # (..., M, M)
+        A = X @ X.mT  # (..., M, M)
         X = a * X + (b * A + c * A @ A) @ X
     return (X.mT if G.shape[-2] > G.shape[-1] else X).to(G.dtype)
 
 # %% ../nbs/09_training.ipynb #b89893d4
-def by_shape(params)->list[list[Tensor]]: # the matrices, grouped
+def by_shape(params) -> list[list[Tensor]]:  # the matrices, grouped
     "Matrices of the same shape together, so that one batched product serves them all."
     groups = {}
-    for p in params: groups.setdefault(p.shape, []).append(p)
+    for p in params:
+        groups.setdefault(p.shape, []).append(p)
     return list(groups.values())
 
 # %% ../nbs/09_training.ipynb #b317d19d
 def muon_direction(
-    grads:Tensor,   # (n, M, N) gradients of n matrices of one shape
-    average:Tensor, # (n, M, N) their running averages
-    momentum:float, # share of the average in the look ahead (Nesterov)
-    parts:int=1,    # matrices stacked in each by rows, such as 3 for q, k and v
-    steps:int=5,    # Newton-Schulz steps
-)->Tensor:          # (n, M, N) what to go along, downhill
+    grads: Tensor,  # (n, M, N) gradients of n matrices of one shape
+    average: Tensor,  # (n, M, N) their running averages
+    momentum: float,  # share of the average in the look ahead (Nesterov)
+    parts: int = 1,  # matrices stacked in each by rows, such as 3 for q, k and v
+    steps: int = 5,  # Newton-Schulz steps
+) -> Tensor:  # (n, M, N) what to go along, downhill
     "Look ahead, then orthogonalise each part; tall matrices get longer steps, as they have more outputs."
     ahead = grads.lerp(average, momentum).unflatten(1, (parts, -1))  # (n, parts, M/parts, N)
     tall = max(1.0, ahead.shape[-2] / ahead.shape[-1]) ** 0.5
     return orthogonalize(ahead, steps).flatten(1, 2) * tall
 
 # %% ../nbs/09_training.ipynb #fadb0893
-def unshard(t:Tensor)->Tensor:
+def unshard(t: Tensor) -> Tensor:
     "A matrix that several processes share out, put together; any other as it is."
     return t.full_tensor() if hasattr(t, 'full_tensor') else t
 
+
 def shard_like(
-    t:Tensor, # whole, the same in every process
-    p:Tensor, # perhaps shared out
-)->Tensor:    # this process's part of `t`
+    t: Tensor,  # whole, the same in every process
+    p: Tensor,  # perhaps shared out
+) -> Tensor:  # this process's part of `t`
     "Cut `t` up as `p` is."
-    if not hasattr(p, 'placements'): return t
+    if not hasattr(p, 'placements'):
+        return t
     from torch.distributed.tensor import DTensor, Replicate
-    return DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False).redistribute(placements=p.placements)
+
+    return DTensor.from_local(
+        t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False
+    ).redistribute(placements=p.placements)
 
 # %% ../nbs/09_training.ipynb #7912f475
 class Muon(torch.optim.Optimizer):
     "Momentum, then `orthogonalize`: every direction of a matrix is learned at the same speed (Jordan 2024; Liu 2025, arXiv 2502.16982)."
-    def __init__(self,
-        params,                  # matrices, or groups of them; `parts=3` in a group cuts each into three by rows
-        lr:float=0.02,           # step size
-        momentum:float=0.95,     # share of the old average that is kept
-        momentum_warmup:int=100, # steps over which momentum rises to its value from 0.1 less; 0: none
-        weight_decay:float=0.0,  # share of a weight taken off per step and unit of lr
+
+    def __init__(
+        self,
+        params,  # matrices, or groups of them; `parts=3` in a group cuts each into three by rows
+        lr: float = 0.02,  # step size
+        momentum: float = 0.95,  # share of the old average that is kept
+        momentum_warmup: int = 100,  # steps over which momentum rises to its value from 0.1 less; 0: none
+        weight_decay: float = 0.0,  # share of a weight taken off per step and unit of lr
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, momentum_warmup=momentum_warmup, weight_decay=weight_decay, parts=1, count=0))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                momentum_warmup=momentum_warmup,
+                weight_decay=weight_decay,
+                parts=1,
+                count=0,
+            ),
+        )
         for p in (p for g in self.param_groups for p in g['params']):
-            if p.dim() != 2: raise ValueError(f'params has a tensor of shape {tuple(p.shape)}: Muon takes matrices; give the others to AdamW')
+            if p.dim() != 2:
+                raise ValueError(
+                    f'params has a tensor of shape {tuple(p.shape)}: Muon takes matrices; give the others to AdamW'
+                )
 
     @torch.no_grad()
-    def step(self)->None:
+    def step(self) -> None:
         for group in self.param_groups:
             group['count'] += 1
-            momentum = group['momentum'] - 0.1 * max(0.0, 1 - group['count'] / max(1, group['momentum_warmup']))
+            momentum = group['momentum'] - 0.1 * max(
+                0.0, 1 - group['count'] / max(1, group['momentum_warmup'])
+            )
             for same in by_shape(p for p in group['params'] if p.grad is not None):
-                averages = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in same]
-                for p, average in zip(same, averages): average.lerp_(p.grad, 1 - momentum)
-                down = muon_direction(torch.stack([unshard(p.grad) for p in same]), torch.stack([unshard(a) for a in averages]), momentum, group['parts'])
-                for p, d in zip(same, down): p.mul_(1 - group['lr'] * group['weight_decay']).add_(shard_like(d, p), alpha=-group['lr'])
+                averages = [
+                    self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in same
+                ]
+                for p, average in zip(same, averages):
+                    average.lerp_(p.grad, 1 - momentum)
+                down = muon_direction(
+                    torch.stack([unshard(p.grad) for p in same]),
+                    torch.stack([unshard(a) for a in averages]),
+                    momentum,
+                    group['parts'],
+                )
+                for p, d in zip(same, down):
+                    p.mul_(1 - group['lr'] * group['weight_decay']).add_(
+                        shard_like(d, p), alpha=-group['lr']
+                    )
 
 # %% ../nbs/09_training.ipynb #90f67e14
 def make_optimizers(
-    model:nn.Module,    # matrices inside its blocks go to Muon
-    config:TrainConfig, # optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2
-)->list[torch.optim.Optimizer]:
+    model: nn.Module,  # matrices inside its blocks go to Muon
+    config: TrainConfig,  # optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2
+) -> list[torch.optim.Optimizer]:
     "AdamW for everything, or Muon for the matrices inside blocks and AdamW for embeddings, head and vectors."
     betas, device = (config.beta1, config.beta2), next(model.parameters()).device.type
-    if config.optimizer == 'adamw': return [model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device)]
-    if config.optimizer != 'muon': raise ValueError(f'optimizer={config.optimizer!r} is not known: choose muon or adamw')
+    if config.optimizer == 'adamw':
+        return [
+            model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device)
+        ]
+    if config.optimizer != 'muon':
+        raise ValueError(f'optimizer={config.optimizer!r} is not known: choose muon or adamw')
     blocks = [m for m in model.modules() if isinstance(m, Block)]
-    fused = [a.c_attn.weight for b in blocks for a in b.modules() if isinstance(a, MultiHeadAttention) and a.n_kv_head == a.n_head]
+    fused = [
+        a.c_attn.weight
+        for b in blocks
+        for a in b.modules()
+        if isinstance(a, MultiHeadAttention) and a.n_kv_head == a.n_head
+    ]
     taken = {id(p) for p in fused}
     single = [p for b in blocks for p in b.parameters() if p.dim() == 2 and id(p) not in taken]
     taken |= {id(p) for p in single}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    muon = Muon([dict(params=fused, parts=3), dict(params=single)], lr=config.muon_lr, weight_decay=config.weight_decay)
-    return [muon, torch.optim.AdamW(rest, lr=config.learning_rate, betas=betas, eps=1e-10, weight_decay=0.0, fused=device == 'cuda')]
+    muon = Muon(
+        [dict(params=fused, parts=3), dict(params=single)],
+        lr=config.muon_lr,
+        weight_decay=config.weight_decay,
+    )
+    return [
+        muon,
+        torch.optim.AdamW(
+            rest,
+            lr=config.learning_rate,
+            betas=betas,
+            eps=1e-10,
+            weight_decay=0.0,
+            fused=device == 'cuda',
+        ),
+    ]
 
 # %% ../nbs/09_training.ipynb #c3f3d800
 class Precision:
     "In which numbers a model multiplies, and the loss scale that float16 needs."
-    def __init__(self,
-        device:str|torch.device='cpu',      # where the model is
-        dtype:torch.dtype=torch.float32,    # see `choose_precision`
-        init_scale:float=65536.0,           # the first loss scale; doubled after 2,000 good steps, halved by a bad one
+
+    def __init__(
+        self,
+        device: str | torch.device = 'cpu',  # where the model is
+        dtype: torch.dtype = torch.float32,  # see `choose_precision`
+        init_scale: float = 65536.0,  # the first loss scale; doubled after 2,000 good steps, halved by a bad one
     ):
         self.device, self.dtype = torch.device(device).type, dtype
-        self.scaler = torch.amp.GradScaler(self.device, init_scale=init_scale, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            self.device, init_scale=init_scale, enabled=dtype == torch.float16
+        )
 
     def autocast(self):
         "A context in which products are taken in `dtype`; the weights and the loss stay float32."
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device, self.dtype)
+        return (
+            nullcontext()
+            if self.dtype == torch.float32
+            else torch.autocast(self.device, self.dtype)
+        )
 
 # %% ../nbs/09_training.ipynb #9c0ed2a2
 class Single:
     "One process on one device. Its siblings for many processes have the same six members; rank 0 reports and writes."
-    rank, world_size = 0, 1
-    def wrap(self, model:nn.Module)->nn.Module: return model          # what the forward pass calls
-    def accumulate(self, forward:nn.Module, last:bool): return nullcontext() # around each part of a batch: gradients are exchanged after the last
-    def mean(self, value:float)->float: return value                  # over all processes
 
-    def save(self,
-        folder:str|Path,   # replaced as a whole
-        model:nn.Module,   # not wrapped
-        optimizers:list,   # of `make_optimizers`
-        state:dict,        # JSON
-        rng:dict,          # name -> state of a random generator
-    )->None:
+    rank, world_size = 0, 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model  # what the forward pass calls
+
+    def accumulate(self, forward: nn.Module, last: bool):
+        return nullcontext()  # around each part of a batch: gradients are exchanged after the last
+
+    def mean(self, value: float) -> float:
+        return value  # over all processes
+
+    def save(
+        self,
+        folder: str | Path,  # replaced as a whole
+        model: nn.Module,  # not wrapped
+        optimizers: list,  # of `make_optimizers`
+        state: dict,  # JSON
+        rng: dict,  # name -> state of a random generator
+    ) -> None:
         "Write a checkpoint that a kill cannot damage."
         save_checkpoint(folder, model, optimizers, state, rng)
 
-    def load(self, folder:str|Path, model:nn.Module, optimizers:list)->tuple[dict, dict]: # checkpoint.json, and what was given as `rng`
+    def load(
+        self, folder: str | Path, model: nn.Module, optimizers: list
+    ) -> tuple[dict, dict]:  # checkpoint.json, and what was given as `rng`
         "Put weights and optimisers back in place."
         about, weights, tensors = read_checkpoint(folder)
         restore_model(model, weights)
@@ -226,82 +332,119 @@ class Single:
 
 # %% ../nbs/09_training.ipynb #6fcda393
 def step_all(
-    model:nn.Module,                         # has its gradients
-    optimizers:list[torch.optim.Optimizer],  # each is stepped once, and the gradients are forgotten
-    config:TrainConfig,                      # grad_clip and the schedule
-    step:int,                                # updates done so far
-    scaler:torch.amp.GradScaler,             # undoes the loss scale; skips a step whose gradients overflowed
-)->None:
+    model: nn.Module,  # has its gradients
+    optimizers: list[
+        torch.optim.Optimizer
+    ],  # each is stepped once, and the gradients are forgotten
+    config: TrainConfig,  # grad_clip and the schedule
+    step: int,  # updates done so far
+    scaler: torch.amp.GradScaler,  # undoes the loss scale; skips a step whose gradients overflowed
+) -> None:
     "Clip, set the step sizes, step."
-    for optimizer in optimizers: scaler.unscale_(optimizer)
-    length = 0.0
-    if config.grad_clip or scaler.is_enabled(): length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    overflow = scaler.is_enabled() and not math.isfinite(length)  # in any matrix: then no optimiser steps
     for optimizer in optimizers:
-        for group in optimizer.param_groups: group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_factor(step, config)
-        if not overflow: optimizer.step()
+        scaler.unscale_(optimizer)
+    length = 0.0
+    if config.grad_clip or scaler.is_enabled():
+        length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    overflow = scaler.is_enabled() and not math.isfinite(
+        length
+    )  # in any matrix: then no optimiser steps
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_factor(step, config)
+        if not overflow:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
 
 # %% ../nbs/09_training.ipynb #bb52cf38
 def update(
-    model:nn.Module,                                          # `model(x, y) -> (logits, loss)`
-    batch:Callable[[torch.Generator], tuple[Tensor, Tensor]], # the next (x, y)
-    optimizers:list[torch.optim.Optimizer],                   # each is stepped once
-    config:TrainConfig,                                       # gradient_accumulation_steps, grad_clip and the schedule
-    step:int,                                                 # updates done so far
-    generator:torch.Generator,                                # decides the batch
-    parallel:Single|None=None,                                # default: one process
-    precision:Precision|None=None,                            # default: float32
-)->float:                                                     # mean loss of the batches before the update, nats
+    model: nn.Module,  # `model(x, y) -> (logits, loss)`
+    batch: Callable[[torch.Generator], tuple[Tensor, Tensor]],  # the next (x, y)
+    optimizers: list[torch.optim.Optimizer],  # each is stepped once
+    config: TrainConfig,  # gradient_accumulation_steps, grad_clip and the schedule
+    step: int,  # updates done so far
+    generator: torch.Generator,  # decides the batch
+    parallel: Single | None = None,  # default: one process
+    precision: Precision | None = None,  # default: float32
+) -> float:  # mean loss of the batches before the update, nats
     "One update: loss, gradients, clip, step. A loss that is not finite leaves the weights as they are, and so does a gradient that overflowed in float16."
     parallel, precision = parallel or Single(), precision or Precision()
     losses, n, scaler = [], config.gradient_accumulation_steps, precision.scaler
     for i in range(n):
         with parallel.accumulate(model, last=i == n - 1):
-            with precision.autocast(): _, loss = model(*batch(generator))
+            with precision.autocast():
+                _, loss = model(*batch(generator))
             scaler.scale(loss / n).backward()
         losses.append(loss.detach())
     total = parallel.mean(sum(loss.item() / n for loss in losses))
-    if math.isfinite(total): step_all(model, optimizers, config, step, scaler)
+    if math.isfinite(total):
+        step_all(model, optimizers, config, step, scaler)
     return total
 
 # %% ../nbs/09_training.ipynb #b27f681e
 @dataclass
 class History:
     "What a run has measured so far."
-    losses:list[float] = field(default_factory=list)             # of each update's batch, nats
-    val:list[tuple[int, float]] = field(default_factory=list)    # (updates done, validation loss)
-    seconds:float = 0.0                                          # spent in the loop, evaluations included
-    tokens:int = 0                                               # targets seen, by all processes together
+
+    losses: list[float] = field(default_factory=list)  # of each update's batch, nats
+    val: list[tuple[int, float]] = field(default_factory=list)  # (updates done, validation loss)
+    seconds: float = 0.0  # spent in the loop, evaluations included
+    tokens: int = 0  # targets seen, by all processes together
 
 # %% ../nbs/09_training.ipynb #74983905
-def dice(device:torch.device):
+def dice(device: torch.device):
     "The module that holds the random state that dropout draws from on `device`."
     return {'cuda': torch.cuda, 'mps': torch.mps}.get(device.type, torch)
 
 # %% ../nbs/09_training.ipynb #7a31cb39
 class Run:
     "A training run that can be put down and taken up again: model, optimisers, random generators, history."
-    def __init__(self, model:nn.Module, config:TrainConfig, folder:str|Path|None=None, about:dict|None=None, parallel:Single|None=None):
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        about: dict | None = None,
+        parallel: Single | None = None,
+    ):
         check_train_config(config)
-        self.model, self.config, self.folder, self.about, self.parallel = model, config, folder, about or {}, parallel or Single()
+        self.model, self.config, self.folder, self.about, self.parallel = (
+            model,
+            config,
+            folder,
+            about or {},
+            parallel or Single(),
+        )
         self.device = next(model.parameters()).device
         self.precision = Precision(self.device, choose_precision(self.device, config.dtype))
-        self.forward = self.parallel.wrap(model)             # before the optimisers: sharding replaces the parameters
+        self.forward = self.parallel.wrap(
+            model
+        )  # before the optimisers: sharding replaces the parameters
         self.optimizers, self.history, self.step = make_optimizers(model, config), History(), 0
-        if choose_compile(self.device, config): self.forward = torch.compile(self.forward)
+        if choose_compile(self.device, config):
+            self.forward = torch.compile(self.forward)
         self.generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed + self.parallel.rank)  # dropout draws from torch's own generator; `train` puts it back as it was
+        torch.manual_seed(
+            config.seed + self.parallel.rank
+        )  # dropout draws from torch's own generator; `train` puts it back as it was
 
-    def save(self)->None:
-        state = dict(step=self.step, train=asdict(self.config), history=asdict(self.history), scaler=self.precision.scaler.state_dict(), **self.about)
+    def save(self) -> None:
+        state = dict(
+            step=self.step,
+            train=asdict(self.config),
+            history=asdict(self.history),
+            scaler=self.precision.scaler.state_dict(),
+            **self.about,
+        )
         rng = dict(batches=self.generator.get_state(), dropout=dice(self.device).get_rng_state())
         self.parallel.save(self.folder, self.model, self.optimizers, state, rng)
 
-    def restore(self)->None:
+    def restore(self) -> None:
         state, rng = self.parallel.load(self.folder, self.model, self.optimizers)
-        if state.get('scaler'): self.precision.scaler.load_state_dict(state['scaler'])
+        if state.get('scaler'):
+            self.precision.scaler.load_state_dict(state['scaler'])
         self.generator.set_state(rng['batches'])
         dice(self.device).set_rng_state(rng['dropout'])
         self.step, self.history = state['step'], History(**state['history'])
@@ -309,115 +452,184 @@ class Run:
 
 # %% ../nbs/09_training.ipynb #4300dd4d
 def pause(
-    run:Run,                                           # evaluated, saved, reported
-    seconds:float,                                     # since the run began
-    validate:Callable[[nn.Module], float]|None=None,   # validation loss
-    on_eval:Callable[[int, History], None]|None=None,  # told the updates done and the history
-)->None:
+    run: Run,  # evaluated, saved, reported
+    seconds: float,  # since the run began
+    validate: Callable[[nn.Module], float] | None = None,  # validation loss
+    on_eval: Callable[[int, History], None] | None = None,  # told the updates done and the history
+) -> None:
     "Evaluate, save and report, in this order, so that a report may come twice after a kill but none is lost."
-    new = not run.history.val or run.history.val[-1][0] != run.step  # or taken up from a checkpoint of this very step: only reported
+    new = (
+        not run.history.val or run.history.val[-1][0] != run.step
+    )  # or taken up from a checkpoint of this very step: only reported
     run.model.eval()
-    if new: evaluate_and_save(run, seconds, validate)
-    if on_eval and run.parallel.rank == 0: on_eval(run.step, run.history)
+    if new:
+        evaluate_and_save(run, seconds, validate)
+    if on_eval and run.parallel.rank == 0:
+        on_eval(run.step, run.history)
     run.model.train()
 
-def evaluate_and_save(run:Run, seconds:float, validate:Callable[[nn.Module], float]|None)->None:
+
+def evaluate_and_save(
+    run: Run, seconds: float, validate: Callable[[nn.Module], float] | None
+) -> None:
     "The first two parts of a `pause`; a model that is no longer finite is not saved over a good one."
-    with run.precision.autocast(): val = run.parallel.mean(validate(run.model) if validate else 0.0)
-    bad = sum(not getattr(p, '_local_tensor', p).isfinite().all() for p in run.model.parameters())  # of a sharded weight, this process's part
-    if not math.isfinite(val) or run.parallel.mean(float(bad)): raise ValueError(diverged(run, val))
-    if validate: run.history.val.append((run.step, val))
+    with run.precision.autocast():
+        val = run.parallel.mean(validate(run.model) if validate else 0.0)
+    bad = sum(
+        not getattr(p, '_local_tensor', p).isfinite().all() for p in run.model.parameters()
+    )  # of a sharded weight, this process's part
+    if not math.isfinite(val) or run.parallel.mean(float(bad)):
+        raise ValueError(diverged(run, val))
+    if validate:
+        run.history.val.append((run.step, val))
     run.history.seconds = seconds
-    if run.folder: run.save()
+    if run.folder:
+        run.save()
 
 # %% ../nbs/09_training.ipynb #e5fce308
-def diverged(run:Run, loss:float)->str:
+def diverged(run: Run, loss: float) -> str:
     "What to tell the user when the loss is no number any more."
-    kept = f'the last good checkpoint, in {str(run.folder)!r}, is kept' if run.folder and run.step else 'nothing was saved'
+    kept = (
+        f'the last good checkpoint, in {str(run.folder)!r}, is kept'
+        if run.folder and run.step
+        else 'nothing was saved'
+    )
     return f'loss or weights are no longer finite at step {run.step} (loss {loss}), so training stopped; {kept}: lower learning_rate or muon_lr, or set grad_clip=1.0'
 
 # %% ../nbs/09_training.ipynb #2ed8b4e6
 def loop(
-    run:Run,                                                  # at its step; left at config.max_iters
-    batch:Callable[[torch.Generator], tuple[Tensor, Tensor]], # the next (x, y)
-    validate:Callable[[nn.Module], float]|None=None,          # validation loss
-    on_eval:Callable[[int, History], None]|None=None,         # called after each evaluation
-    on_step:Callable[[int, dict], None]|None=None,            # called after each update
-)->None:
+    run: Run,  # at its step; left at config.max_iters
+    batch: Callable[[torch.Generator], tuple[Tensor, Tensor]],  # the next (x, y)
+    validate: Callable[[nn.Module], float] | None = None,  # validation loss
+    on_eval: Callable[[int, History], None] | None = None,  # called after each evaluation
+    on_step: Callable[[int, dict], None] | None = None,  # called after each update
+) -> None:
     "Update after update, with a `pause` every eval_interval and at the end."
-    end, config, history, main = run.config.max_iters, run.config, run.history, run.parallel.rank == 0
+    end, config, history, main = (
+        run.config.max_iters,
+        run.config,
+        run.history,
+        run.parallel.rank == 0,
+    )
     began = time.perf_counter() - history.seconds
+
     def counted(generator):
         x, y = batch(generator)
         history.tokens += y.numel() * run.parallel.world_size
         return x, y
+
     run.model.train()
-    for _ in progress(range(run.step, end), desc='train', initial=run.step, total=end) if main else range(run.step, end):
-        if run.step % config.eval_interval == 0: pause(run, time.perf_counter() - began, validate, on_eval)
-        loss = update(run.forward, counted, run.optimizers, config, run.step, run.generator, run.parallel, run.precision)
-        if not math.isfinite(loss): raise ValueError(diverged(run, loss))
+    for _ in (
+        progress(range(run.step, end), desc='train', initial=run.step, total=end)
+        if main
+        else range(run.step, end)
+    ):
+        if run.step % config.eval_interval == 0:
+            pause(run, time.perf_counter() - began, validate, on_eval)
+        loss = update(
+            run.forward,
+            counted,
+            run.optimizers,
+            config,
+            run.step,
+            run.generator,
+            run.parallel,
+            run.precision,
+        )
+        if not math.isfinite(loss):
+            raise ValueError(diverged(run, loss))
         history.losses.append(loss)
         run.step += 1
-        lr, seconds = config.learning_rate * lr_factor(run.step - 1, config), time.perf_counter() - began
-        if on_step and main: on_step(run.step, dict(step=run.step, loss=loss, lr=lr, seconds=seconds, tokens=history.tokens))
+        lr, seconds = (
+            config.learning_rate * lr_factor(run.step - 1, config),
+            time.perf_counter() - began,
+        )
+        if on_step and main:
+            on_step(
+                run.step,
+                dict(step=run.step, loss=loss, lr=lr, seconds=seconds, tokens=history.tokens),
+            )
     pause(run, time.perf_counter() - began, validate, on_eval)
 
 # %% ../nbs/09_training.ipynb #36b756f4
 def train(
-    model:nn.Module,                                          # `model(x, y) -> (logits, loss)`, trained in place
-    batch:Callable[[torch.Generator], tuple[Tensor, Tensor]], # the next (x, y)
-    config:TrainConfig|None=None,                             # how long, how fast
+    model: nn.Module,  # `model(x, y) -> (logits, loss)`, trained in place
+    batch: Callable[[torch.Generator], tuple[Tensor, Tensor]],  # the next (x, y)
+    config: TrainConfig | None = None,  # how long, how fast
     *,
-    validate:Callable[[nn.Module], float]|None=None,          # validation loss, asked every eval_interval updates
-    on_eval:Callable[[int, History], None]|None=None,         # called after each evaluation: print, sample, plot
-    on_step:Callable[[int, dict], None]|None=None,            # called after each update with step, loss, lr, seconds, tokens: a log
-    folder:str|Path|None=None,                                # a checkpoint is kept here, written at each evaluation
-    resume:bool=False,                                        # go on from the checkpoint in `folder`, bit for bit
-    about:dict|None=None,                                     # JSON kept beside the weights: tokenizer, source of the text ...
-    parallel:Single|None=None,                                # how many processes work together; default: one
-)->History:
+    validate: Callable[[nn.Module], float]
+    | None = None,  # validation loss, asked every eval_interval updates
+    on_eval: Callable[[int, History], None]
+    | None = None,  # called after each evaluation: print, sample, plot
+    on_step: Callable[[int, dict], None]
+    | None = None,  # called after each update with step, loss, lr, seconds, tokens: a log
+    folder: str | Path | None = None,  # a checkpoint is kept here, written at each evaluation
+    resume: bool = False,  # go on from the checkpoint in `folder`, bit for bit
+    about: dict | None = None,  # JSON kept beside the weights: tokenizer, source of the text ...
+    parallel: Single | None = None,  # how many processes work together; default: one
+) -> History:
     "Train `model`: any model with the contract, any source of batches."
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):  # torch's own generator is put back as it was
+    with torch.random.fork_rng(
+        [device] if device.type == 'cuda' else []
+    ):  # torch's own generator is put back as it was
         run = Run(model, config or TrainConfig(), folder, about, parallel)
-        if resume: run.restore()
+        if resume:
+            run.restore()
         loop(run, batch, validate, on_eval, on_step)
     model.eval()
     return run.history
 
 # %% ../nbs/09_training.ipynb #39d5c3b1
-def load_model(folder:str|Path)->tuple[GPT, dict]: # the model in evaluation mode, and checkpoint.json
+def load_model(
+    folder: str | Path,
+) -> tuple[GPT, dict]:  # the model in evaluation mode, and checkpoint.json
     "The GPT that `train` left in `folder`."
     about, place = verified_checkpoint(folder)
     model = GPT(config_from_dict(GPTConfig, about['config']))
-    restore_model(model, TensorFile(place / 'model.safetensors'))  # the optimisers' averages stay on the disk
+    restore_model(
+        model, TensorFile(place / 'model.safetensors')
+    )  # the optimisers' averages stay on the disk
     return model.eval(), about
 
 # %% ../nbs/09_training.ipynb #da4ef462
 def model_flops_per_token(
-    config:GPTConfig,       # the shape
-    n_params:int|None=None, # N; default: the weights of the blocks' and the head's matrices. Look-up tables cost no products
-)->int:                     # floating-point operations, forward and backward
+    config: GPTConfig,  # the shape
+    n_params: int
+    | None = None,  # N; default: the weights of the blocks' and the head's matrices. Look-up tables cost no products
+) -> int:  # floating-point operations, forward and backward
     "What training on one token costs: 6 N + 12 L H D T (Chowdhery 2022, PaLM, arXiv 2204.02311, appendix B)."
     c, C, L = config, config.n_embd, config.n_layer
-    kv = C // c.n_head * (c.n_kv_head or c.n_head)                                         # channels of the keys, and of the values
+    kv = C // c.n_head * (c.n_kv_head or c.n_head)  # channels of the keys, and of the values
     matrices = L * (C * (C + 2 * kv) + C * C + 2 * C * int(c.mlp_ratio * C)) + c.vocab_size * C
     return 6 * (matrices if n_params is None else n_params) + 12 * L * C * c.block_size
 
 # %% ../nbs/09_training.ipynb #25b25a6b
 PEAK_FLOPS = {  # NVIDIA's data sheets, dense, sixteen bits
-    'T4': 65e12, 'V100': 125e12, 'A100': 312e12, 'L4': 121e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12}
+    'T4': 65e12,
+    'V100': 125e12,
+    'A100': 312e12,
+    'L4': 121e12,
+    'H100 PCIe': 756e12,
+    'H100': 989e12,
+    'H200': 989e12,
+}
 
-def peak_flops(name:str)->float: # operations per second
+
+def peak_flops(name: str) -> float:  # operations per second
     "The data sheet's figure for the GPU that calls itself `name`."
     found = [gpu for gpu in PEAK_FLOPS if set(gpu.split()) <= set(name.replace('-', ' ').split())]
-    if not found: raise ValueError(f'name={name!r} is not in PEAK_FLOPS: give the peak yourself, from the data sheet')
+    if not found:
+        raise ValueError(
+            f'name={name!r} is not in PEAK_FLOPS: give the peak yourself, from the data sheet'
+        )
     return PEAK_FLOPS[max(found, key=len)]
 
+
 def mfu(
-    tokens_per_second:float, # trained on
-    flops_per_token:float,   # see `model_flops_per_token`
-    peak:float,              # what the hardware could do, operations per second
-)->float:                    # 0 to 1
+    tokens_per_second: float,  # trained on
+    flops_per_token: float,  # see `model_flops_per_token`
+    peak: float,  # what the hardware could do, operations per second
+) -> float:  # 0 to 1
     "Model FLOPs utilisation: the share of the hardware's speed that went into the model's products."
     return tokens_per_second * flops_per_token / peak
