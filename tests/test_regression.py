@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from transformer_course.block import run_blocks
+from transformer_course.checkpoint import load_model, save_checkpoint
 from transformer_course.experiments.regression import (
     InContextRegressor,
     RegressorConfig,
@@ -135,6 +136,17 @@ def test_regressor_trains_the_same_twice():
 
     (a, v), (b, w) = run(), run()
     assert a == b and torch.equal(v, w) and len(set(a)) == 5
+
+
+def test_regressor_is_opened_by_name_as_it_was_saved(tmp_path):
+    model, (x, y, _) = lively(4), linear_tasks(3, 6, 3, 0.5, rng(1))
+    config = TrainConfig(max_iters=3, eval_interval=100)
+    train(model, lambda g: linear_tasks(8, 5, 3, 0.1, g)[:2], config)
+    save_checkpoint(tmp_path / 'regressor', model)
+    opened, about = load_model(tmp_path / 'regressor')
+    assert type(opened) is InContextRegressor and about['model'] == 'InContextRegressor'
+    assert opened.config == SHAPE and not opened.training
+    assert torch.equal(opened(x, y)[0], model(x, y)[0])
 
 
 def test_streams_end_in_the_prediction():
