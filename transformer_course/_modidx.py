@@ -1131,4 +1131,10 @@ d = { 'settings': { 'branch': 'main',
                                              'transformer_course.training.unshard': ( 'training.html#unshard',
                                                                                       'transformer_course/training.py'),
                                              'transformer_course.training.update': ( 'training.html#update',
-                                                                                     'transformer_course/training.py')}}}
+                                                                                     'transformer_course/training.py')},
+            'transformer_course.weights': { 'transformer_course.weights.copy_weights': ( 'support/weights.html#copy_weights',
+                                                                                         'transformer_course/weights.py'),
+                                            'transformer_course.weights.load_gpt2_weights': ( 'support/weights.html#load_gpt2_weights',
+                                                                                              'transformer_course/weights.py'),
+                                            'transformer_course.weights.load_llama_weights': ( 'support/weights.html#load_llama_weights',
+                                                                                               'transformer_course/weights.py')}}}
