@@ -48,6 +48,8 @@ def _wrong(
     strange = [c for c in entry['chapters'] if not re.fullmatch(r'\d\d_[a-z_]+', str(c))]
     if strange:
         return f'chapters holds {strange[0]!r}: name notebooks, such as 03_attention'
+    if len(set(entry['chapters'])) < len(entry['chapters']):
+        return 'chapters names a notebook twice: name it once'
     return None if entry['text'].endswith('.') else 'text is no sentence: end it with a full stop'
 
 # %% ../../nbs/support/ledger.ipynb #633e390f
