@@ -143,9 +143,9 @@ def test_code_changed(copy):
 
 
 def test_what_does_not_run_may_change(copy):
-    insert_code(copy, '03_attention', '#| slow\nprint(1)')
-    insert_code(copy, '03_attention', '# only a comment')
-    prose(copy, '03_attention', 'Other words.', at=4)
+    prose(copy, '01_bigram', 'Other words.')
+    insert_code(copy, '01_bigram', '#| slow\nprint(1)')
+    insert_code(copy, '01_bigram', '# only a comment')
     assert records.problems(copy) == []
 
 

@@ -6,6 +6,7 @@ agree on what a cell is.
 
 import ast
 import configparser
+import functools
 import hashlib
 import json
 import re
@@ -117,5 +118,11 @@ def meaning(node):
 
 def fingerprint(cells):
     "A sha256 of the code that a run of these cells executes, in order; prose does not count."
-    run = [meaning(tree(c['source'])) for c in code_of(cells) if not skips(c['source'])]
-    return hashlib.sha256(json.dumps(run).encode()).hexdigest()
+    run = [told(c['source']) for c in code_of(cells) if not skips(c['source'])]
+    return hashlib.sha256('\n'.join(run).encode()).hexdigest()
+
+
+@functools.cache
+def told(source):
+    "The meaning of a cell, as a line of text."
+    return json.dumps(meaning(tree(source)))
