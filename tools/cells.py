@@ -119,10 +119,11 @@ def meaning(node):
 def fingerprint(cells):
     "A sha256 of the code that a run of these cells executes, in order; prose does not count."
     run = [told(c['source']) for c in code_of(cells) if not skips(c['source'])]
-    return hashlib.sha256('\n'.join(run).encode()).hexdigest()
+    return hashlib.sha256('\n'.join(filter(None, run)).encode()).hexdigest()
 
 
 @functools.cache
 def told(source):
-    "The meaning of a cell, as a line of text."
-    return json.dumps(meaning(tree(source)))
+    "The meaning of a cell, as a line of text; none for a cell of comments."
+    statements = meaning(tree(source).body)
+    return json.dumps(statements) if statements else ''
