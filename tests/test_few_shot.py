@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transformer_course.bigram import IGNORE_INDEX
 from transformer_course.experiments.few_shot import (
     RULES,
     cipher_ceiling,
@@ -49,7 +50,7 @@ def test_codes_are_one_to_one(n_symbols, n_examples, seed):
         pairs = {tuple(p) for p in row}
         assert len(pairs) == len({a for a, _ in pairs}) == len({y for _, y in pairs})
         assert all(a < n_symbols <= y for a, y in row)
-    assert (targets[:, 1::2] == -1).all() and torch.equal(targets[:, ::2], idx[:, 1::2])
+    assert (targets[:, 1::2] == IGNORE_INDEX).all() and torch.equal(targets[:, ::2], idx[:, 1::2])
 
 
 def test_prompts_repeat_with_their_seed_and_differ_without():

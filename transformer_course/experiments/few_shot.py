@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bigram import IGNORE_INDEX
 from ..gpt import GPT, GPTConfig
 
 # %% ../../nbs/19_few_shot.ipynb #11ddb796
@@ -48,7 +49,7 @@ def cipher_prompts(
     generator: torch.Generator,  # decides codes and letters
     fewest: int | None = None,  # each prompt asks a random set of `fewest` to A letters; or all
     tables: Tensor | None = None,  # (N, A) codes to choose from; or a fresh one for each prompt
-) -> tuple[Tensor, Tensor]:  # idx and targets (B, 2K); targets are the capitals, -1 elsewhere
+) -> tuple[Tensor, Tensor]:  # idx and targets (B, 2K); the targets are the capitals
     "Examples of a substitution cipher, a code for each prompt: letter, capital, letter, capital."
     if tables is not None and tables.shape[-1] != n_symbols:
         raise ValueError(
@@ -61,7 +62,7 @@ def cipher_prompts(
     else:
         table = tables[torch.randint(len(tables), (batch_size,), generator=generator)]
     answers = table.gather(1, keys) + n_symbols  # (B, K)
-    ignored = torch.full_like(answers, -1)
+    ignored = torch.full_like(answers, IGNORE_INDEX)
     idx = torch.stack([keys, answers], -1).flatten(1)  # (B, K, 2) -> (B, 2K)
     return idx, torch.stack([answers, ignored], -1).flatten(1)
 
@@ -91,7 +92,7 @@ def small_gpt(
     if n_embd % 32:
         raise ValueError(f'n_embd={n_embd} must be a multiple of 32: heads have 32 channels')
     parts = dict(position='rotary', activation='relu2', tie_weights=False, zero_init=True)
-    norms = dict(norm='plain', embed_norm=True, bias=False)
+    norms = dict(norm='plain', embed_norm='plain', bias=False)
     size = dict(n_layer=n_layer, n_head=n_embd // 32, n_embd=n_embd)
     size |= dict(block_size=block_size, vocab_size=vocab_size)
     config = GPTConfig(**size, **parts | norms | fields)
@@ -102,12 +103,12 @@ def small_gpt(
 def per_token(
     model: nn.Module,  # `model(idx) -> (logits, None)`
     idx: Tensor,  # (B, T)
-    targets: Tensor,  # (B, T); -1 where there is nothing to predict
-) -> tuple[Tensor, Tensor]:  # right (B, T) bool; loss (B, T), nats; False and 0 at targets of -1
+    targets: Tensor,  # (B, T); IGNORE_INDEX where there is nothing to predict
+) -> tuple[Tensor, Tensor]:  # right (B, T) bool, loss (B, T) in nats; False and 0 where ignored
     "Whether the likeliest token is the target, and the loss, at every place."
     logits, _ = model(idx)  # (B, T) -> (B, T, V)
     by_class = logits.transpose(1, 2)  # (B, V, T), as `F.cross_entropy` wants it
-    loss = F.cross_entropy(by_class, targets, ignore_index=-1, reduction='none')
+    loss = F.cross_entropy(by_class, targets, ignore_index=IGNORE_INDEX, reduction='none')
     return logits.argmax(-1) == targets, loss
 
 # %% ../../nbs/19_few_shot.ipynb #06522b29
@@ -146,7 +147,7 @@ def task_prompts(
     table = torch.rand(batch_size, 10, generator=generator).argsort(1)  # (B, 10) a code each
     every = [RULES[name](a, b) if name in RULES else table.gather(1, b) for name in prior]
     answers = torch.stack(every)[which, torch.arange(batch_size)] + 10  # (N, B, K) -> (B, K)
-    ignored = torch.full_like(a, -1)
+    ignored = torch.full_like(a, IGNORE_INDEX)
     idx = torch.stack([a, b, answers], -1).flatten(1)  # (B, K, 3) -> (B, 3K)
     return idx, torch.stack([ignored, answers, ignored], -1).flatten(1), which
 
