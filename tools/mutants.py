@@ -54,13 +54,13 @@ def commands(tests):
 
 
 def passes(folder, tests):
-    "True if the tests pass with the package that lies in `folder`."
+    "True if the tests pass in this copy of the repository."
     env = dict(os.environ, PYTHONPATH=str(folder), OMP_NUM_THREADS='1', IN_TEST='1')
     env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     for command in commands(tests):
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, timeout=LIMIT, **quiet)
+            done = subprocess.run(command, cwd=folder, env=env, timeout=LIMIT, **quiet)
         except subprocess.TimeoutExpired:
             return False
         if done.returncode:
@@ -71,14 +71,14 @@ def passes(folder, tests):
 def survives(mutant):
     "True if the tests pass although the library is broken."
     with tempfile.TemporaryDirectory(prefix='course-mutant-') as folder:
-        ignore = shutil.ignore_patterns('__pycache__')
+        tree = Path(folder, 'course')  # a copy of everything: tests find the package beside them
         shutil.copytree(
-            ROOT / 'transformer_course', Path(folder, 'transformer_course'), ignore=ignore
+            ROOT, tree, ignore=shutil.ignore_patterns('__pycache__', '.*', 'node_modules')
         )
-        path = source_of(folder, mutant)
+        path = source_of(tree, mutant)
         text = path.read_text(encoding='utf-8').replace(mutant['old'], mutant['new'])
         path.write_text(text, encoding='utf-8')
-        return passes(folder, mutant['tests'])
+        return passes(tree, mutant['tests'])
 
 
 def report(mutant, alive):
