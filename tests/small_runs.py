@@ -1,4 +1,4 @@
-"What test_parallel.py and the scripts that it launches have in common: a tiny model and how to train it."
+"What test_parallel.py and the scripts that it launches have in common: how to train a tiny model."
 
 import torch
 
