@@ -1,10 +1,14 @@
-"What test_parallel.py and the scripts that it launches have in common: how to train a tiny model."
+"""What the tests of several processes and the scripts that they launch have in common."""
+
+import os
+import signal
 
 import torch
 
 from transformer_course import parallel as P
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, read_losses
+from transformer_course.shards import ShardBatches, Shards
 from transformer_course.training import TrainConfig, train
 
 IDS = torch.randint(13, (300,), generator=torch.Generator().manual_seed(0))
@@ -76,3 +80,20 @@ def run(parallel, m=None, folder=None, batch=None, validate=validate, resume=Fal
     losses = [*read_losses(log)[0].values()] if folder else history.losses
     assert losses[-len(history.losses) :] == history.losses
     return losses + [v for _, v in history.val]
+
+
+def run_over_shards(folder, parallel, out=None, resume=False, fatal=None):
+    "Losses and first tokens of the rows that this process read; it dies before batch `fatal`."
+    batch, seen = ShardBatches(Shards(folder), 4, 8, parallel), []
+
+    def watched(generator):
+        if fatal == len(seen):
+            os.kill(os.getpid(), signal.SIGKILL)
+        x, y = batch(generator)
+        seen.append(x[:, 0].tolist())
+        return x, y
+
+    m = model(vocab_size=400, n_layer=1)
+    size = dict(max_iters=10, gradient_accumulation_steps=2)
+    history = run(parallel, m, out, watched, None, resume, lr_decay='linear', **size)
+    return dict(losses=history, seen=seen)

@@ -264,7 +264,7 @@ with P.together('ddp', 'cpu') as ddp:
 
 @pytest.fixture(scope='module')
 def lives(tmp_path_factory):
-    "One launch in three lives: the first ends in an update, the second in a save, the third with bad input."
+    "One launch in three lives, ended in an update, in a save, and by bad input."
     tmp = tmp_path_factory.mktemp('lives')
     done = launch(tmp, LIVES, fails=True, max_restarts=2)
     return SimpleNamespace(
