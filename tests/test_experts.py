@@ -1,6 +1,7 @@
 "Mixture of experts: against Hugging Face's Switch and Mixtral, and against a sum over all experts."
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from transformer_course.bigram import IGNORE_INDEX
 from transformer_course.block import MLP, Block, BlockConfig
 from transformer_course.checkpoint import load_model, save_checkpoint
 from transformer_course.experts import (
@@ -220,17 +222,18 @@ def test_is_a_gpt_that_trains_copies_and_writes():
 def test_parts_of_a_batch_add_up_to_the_whole(optimizer):
     "Without the balance loss, which is not a mean over tokens, accumulation changes nothing."
     x, y = ids(1, (8, 8)), ids(2, (8, 8))
-    y[0, :5], y[5, 1:] = -100, -100  # the parts score different numbers of targets
+    y[0, :5], y[5, 1:] = IGNORE_INDEX, IGNORE_INDEX  # parts score different numbers of targets
     how = dict(max_iters=5, warmup_iters=1, optimizer=optimizer, dtype='float32', compile=False)
-    models, losses = [], []
-    for parts in (1, 4):
+
+    def trained(n_parts):
+        parts = itertools.cycle(zip(x.chunk(n_parts), y.chunk(n_parts)))
+        config = TrainConfig(gradient_accumulation_steps=n_parts, **how)
         model = expert_gpt(alpha=0.0).double()
-        rows = {1: 8, 4: 2}[parts]
-        config = TrainConfig(batch_size=rows, gradient_accumulation_steps=parts, **how)
-        losses.append(train(model, lambda generator: (x, y), config).losses)
-        models.append(model)
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
-    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        return model, train(model, lambda generator: next(parts), config).losses
+
+    (whole, losses), (in_parts, same_losses) = trained(1), trained(4)
+    assert same_losses == pytest.approx(losses, abs=1e-6)
+    for p, q in zip(whole.parameters(), in_parts.parameters()):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
