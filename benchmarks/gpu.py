@@ -21,6 +21,7 @@ LIMITS = dict(  # seconds for each step; the order in which they run
     lengths=40, sampling=60, speed=120, shakespeare=200, parallel=90, cells=120
 )
 TOTAL = 470  # seconds for all of them
+GRACE = 15  # seconds that a step may take to end
 
 
 def scrub(text):
@@ -111,10 +112,10 @@ def run_step(name, args, folder, limit):
             start_new_session=True,
         )
         try:
-            if status := process.wait(limit + 15):
+            if status := process.wait(limit + GRACE):
                 error = f'ended with status {status}: {last_line(log)}'
         except subprocess.TimeoutExpired:
-            error = f'stopped after {limit + 15:.0f} s'
+            error = f'stopped after {limit + GRACE:.0f} s'
         finally:
             stop(process)
     file = folder / f'{name}.json'

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from transformer_course.before import RecurrentLanguageModel
+from transformer_course.flops import mfu, model_flops_per_token, peak_flops
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
-from transformer_course.training import TrainConfig, mfu, model_flops_per_token, peak_flops, train
+from transformer_course.training import TrainConfig, train
 
 import cells as slices
 

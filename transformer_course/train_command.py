@@ -193,8 +193,7 @@ class Reporter:
 def earlier_losses(out_dir: str | Path) -> dict[int, float]:  # update -> its loss
     "The losses in a run's log; none if it kept no log."
     log = Path(out_dir) / 'log.jsonl'
-    records = logs.read_log(log) if log.exists() else []
-    return {record['step']: record['loss'] for record in records if 'loss' in record}
+    return logs.read_losses(log)[0] if log.exists() else {}
 
 # %% ../nbs/support/train_command.ipynb #2e8c9aeb
 def callbacks(
