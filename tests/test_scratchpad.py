@@ -1,4 +1,4 @@
-"Scratchpads: the program against Python's arithmetic, slips against arithmetic done by hand, the split, the loss mask, writing and streaming against slow versions."
+"Scratchpads: the program against arithmetic, the split, the loss mask, writing and streaming."
 
 import re
 
@@ -34,16 +34,12 @@ def rng(seed=0):
 
 
 def small_gpt(T=24, **changes):
-    return GPT(
-        GPTConfig(
-            block_size=T, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_embd=16, **changes
-        ),
-        rng(3),
-    ).eval()
+    sizes = dict(block_size=T, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**sizes, **changes), rng(3)).eval()
 
 
 class Program(nn.Module):
-    "Not a network: a 'model' whose logits follow the program, for questions of n bits without labels; it may slip."
+    "Not a network: a model whose logits follow the program for questions without labels."
 
     config = None
 
@@ -67,9 +63,8 @@ def test_parity_is_what_python_counts(q, detail):
     question, scratchpad, answer = split_text(parity_text(q, detail))
     assert question == q and answer == str(q.count('1') % 2) and len(scratchpad) == detail * len(q)
     if detail:
-        assert scratchpad[detail - 1 :: detail] == ''.join(
-            str(q[: i + 1].count('1') % 2) for i in range(len(q))
-        )
+        so_far = [str(q[: i + 1].count('1') % 2) for i in range(len(q))]
+        assert scratchpad[detail - 1 :: detail] == ''.join(so_far)
     if detail == 2:
         assert scratchpad[::2] == q
 
@@ -96,9 +91,8 @@ def test_addition_is_what_python_adds(pair, detail):
 def test_a_parity_slip_turns_everything_after_it(q, data):
     at = data.draw(st.integers(0, len(q) - 1))
     right, slipped = (split_text(parity_text(q, 1, slip=s)) for s in (None, at))
-    assert [a != b for a, b in zip(right[1], slipped[1])] == [
-        i >= at for i in range(len(q))
-    ] and right[2] != slipped[2]
+    turned = [a != b for a, b in zip(right[1], slipped[1])]
+    assert turned == [i >= at for i in range(len(q))] and right[2] != slipped[2]
 
 
 @thorough
@@ -132,9 +126,8 @@ def test_split_takes_finished_lines_and_nothing_else(text):
 
 def test_labels_do_not_change_the_scratchpad():
     line, plain = parity_text('01101', 2, labels='wxyzA'), parity_text('01101', 2)
-    assert re.sub('[a-zA-Z]', '', line) == plain and re.findall(
-        '[a-zA-Z]', split_text(line)[1]
-    ) == list('wxyzA')
+    assert re.sub('[a-zA-Z]', '', line) == plain
+    assert re.findall('[a-zA-Z]', split_text(line)[1]) == list('wxyzA')
 
 
 @pytest.mark.parametrize(
@@ -170,19 +163,16 @@ def test_the_two_sides_never_meet_and_do_not_depend_on_the_seed():
         for test in (False, True)
     ]
     assert not (sides[0] | sides[2]) & (sides[1] | sides[3])
-    assert all(held_out(q) for q in sides[1] | sides[3]) and not any(
-        held_out(q) for q in sides[0] | sides[2]
-    )
-    assert held_out('0000000000000001') == held_out('0000000000000001')
+    assert all(held_out(q) for q in sides[1] | sides[3])
+    assert not any(held_out(q) for q in sides[0] | sides[2])
 
 
 def test_the_split_is_no_matter_of_single_bits_or_of_parity():
     q = torch.tensor([[int(c) for c in f'{i:013b}'] for i in range(2**13)])
     kept = torch.tensor([held_out(f'{i:013b}') for i in range(2**13)])
     assert abs(kept.float().mean() - 1 / 8) < 0.015
-    assert (q[kept].float().mean(0) - 0.5).abs().max() < 0.06 and abs(
-        (q[kept].sum(1) % 2).float().mean() - 0.5
-    ) < 0.06
+    assert (q[kept].float().mean(0) - 0.5).abs().max() < 0.06
+    assert abs((q[kept].sum(1) % 2).float().mean() - 0.5) < 0.06
 
 
 @pytest.mark.parametrize('problem', [parity_problem, addition_problem])
@@ -190,12 +180,10 @@ def test_problems_depend_on_their_generator_alone(problem):
     torch.manual_seed(0)
     first = draw(problem, 5, rng(9))
     before = torch.get_rng_state()
-    assert draw(problem, 5, rng(9)) == first != draw(problem, 5, rng(10)) and torch.equal(
-        before, torch.get_rng_state()
-    )
-    assert random_digits(6, 2, rng(1)) == random_digits(6, 2, rng(1)) and set(
-        random_digits(200, 10, rng(1))
-    ) == set('0123456789')
+    assert draw(problem, 5, rng(9)) == first != draw(problem, 5, rng(10))
+    assert torch.equal(before, torch.get_rng_state())
+    assert random_digits(6, 2, rng(1)) == random_digits(6, 2, rng(1))
+    assert set(random_digits(200, 10, rng(1))) == set('0123456789')
 
 
 def test_loss_looks_at_scratchpad_and_answer_only():
@@ -214,9 +202,8 @@ def test_loss_looks_at_scratchpad_and_answer_only():
 def test_padding_does_not_change_the_loss():
     model, line = small_gpt(), '011=<001110>0\n'
     alone, beside = to_batch([line]), to_batch([line, '01101=<0011100011>1\n'])
-    torch.testing.assert_close(
-        model(*alone)[1], cross_entropy(model(beside[0][:1])[0], beside[1][:1])
-    )
+    padded = cross_entropy(model(beside[0][:1])[0], beside[1][:1])
+    torch.testing.assert_close(model(*alone)[1], padded)
 
 
 def test_writing_is_the_slow_loop_and_rows_do_not_disturb_each_other():
@@ -229,9 +216,8 @@ def test_writing_is_the_slow_loop_and_rows_do_not_disturb_each_other():
                 break
         return line
 
-    assert write(model, prompts[:2], 12) == [slow(p, 12) for p in prompts[:2]] and write(
-        model, prompts[2:], 12
-    ) == [slow(prompts[2], 12)]
+    assert write(model, prompts[:2], 12) == [slow(p, 12) for p in prompts[:2]]
+    assert write(model, prompts[2:], 12) == [slow(prompts[2], 12)]
 
 
 def test_writing_goes_on_from_inside_a_scratchpad():
@@ -242,20 +228,20 @@ def test_writing_goes_on_from_inside_a_scratchpad():
 
 @pytest.mark.parametrize('length', [5, 6, 7, 8, 30, 61])
 def test_streaming_with_a_faultless_model_is_exact(length):
-    rows = [random_digits(length, 2, g) for g in [rng(length)] for _ in range(6)]
+    generator = rng(length)
+    rows = [random_digits(length, 2, generator) for _ in range(6)]
     answers, windows = stream_parity(Program(), rows, n=5)
-    assert answers == [str(row.count('1') % 2) for row in rows] and len(windows) == max(
-        1, -(-(length - 1) // 4)
-    )
+    assert answers == [str(row.count('1') % 2) for row in rows]
+    assert len(windows) == max(1, -(-(length - 1) // 4))
     assert all(len(line.partition('=')[0]) == 5 for window in windows for line in window)
 
 
 def test_streaming_carries_what_was_written_and_not_the_truth():
-    wrong = Program(
-        slip_of=lambda question: 0 if question[1] == '1' else None
-    )  # some windows turn the parity over
-    rows = [random_digits(17, 2, g) for g in [rng(5)] for _ in range(12)]
+    wrong = Program(slip_of=lambda question: 0 if question[1] == '1' else None)
+    generator = rng(5)
+    rows = [random_digits(17, 2, generator) for _ in range(12)]
     answers, windows = stream_parity(wrong, rows, n=5)
+    # some windows turn the parity over
     slips = [sum(line[1] == '1' for line in lines) for lines in zip(*windows)]
     assert len(windows) == 4 and {s % 2 for s in slips} == {0, 1}
     assert answers == [str((row.count('1') + s) % 2) for row, s in zip(rows, slips)]

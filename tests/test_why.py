@@ -1,4 +1,4 @@
-"Why it works: compiled programs against Python, gradients and paths against hand calculation, windows against masks."
+"Why it works: programs against Python, gradients and paths against hand calculation, windows."
 
 import random
 from itertools import product
@@ -11,6 +11,7 @@ from torch import nn
 
 from transformer_course.attention import causal_mask, scaled_dot_product_attention
 from transformer_course.before import RecurrentLanguageModel
+from transformer_course.bigram import IGNORE_INDEX
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.experiments.programs import (
     Program,
@@ -25,8 +26,8 @@ from transformer_course.experiments.why import (
     chrono_init,
     critical_path,
     input_gradient,
+    lens_and_ablation,
     needle,
-    readings,
     recall,
     windowed_attention,
 )
@@ -58,9 +59,8 @@ def test_sort_is_sorted(text):
 
 def test_logits_of_a_program_are_ones_and_zeros():
     logits = SORTER(torch.tensor([[0, 4, 1, 2, 2, 3]]))[0][0, 1:]
-    assert (logits - logits.round()).abs().max() < 1e-12 and (
-        logits.sum(-1) - 1
-    ).abs().max() < 1e-12
+    assert (logits - logits.round()).abs().max() < 1e-12
+    assert (logits.sum(-1) - 1).abs().max() < 1e-12
 
 
 def test_programs_survive_float32():
@@ -109,11 +109,8 @@ def test_nobody_selected_leaves_the_register_empty():
     p = Program('ab', 3)
     p.aggregate('other', Selector('token', 'token', lambda mine, other: False), 'token')
     p.apply('seen', ('other',), lambda c: c * 2)
-    assert (
-        run_program(compile_program(p, 'other'), p, 'other', 'aba')
-        == run_program(compile_program(p, 'seen'), p, 'seen', 'aba')
-        == [None] * 3
-    )
+    for output in ('other', 'seen'):
+        assert run_program(compile_program(p, output), p, output, 'aba') == [None] * 3
 
 
 def test_layout_has_no_overlaps():
@@ -148,9 +145,8 @@ def test_bad_input_is_named(bad, word):
 
 def test_tasks_repeat_with_the_seed():
     for task in (lambda g: needle(9, 4, g), lambda g: recall(4, g)):
-        assert all(map(torch.equal, task(rng(3)), task(rng(3)))) and not torch.equal(
-            task(rng(3))[0], task(rng(4))[0]
-        )
+        assert all(map(torch.equal, task(rng(3)), task(rng(3))))
+        assert not torch.equal(task(rng(3))[0], task(rng(4))[0])
 
 
 def test_recall_asks_only_what_can_be_known():
@@ -158,10 +154,10 @@ def test_recall_asks_only_what_can_be_known():
     for row, asked in zip(x.tolist(), y.tolist()):
         book = {}
         for i in range(0, 24, 2):
-            assert asked[i] == book.get(row[i], -1) and asked[i + 1] == -1
+            assert asked[i] == book.get(row[i], IGNORE_INDEX) and asked[i + 1] == IGNORE_INDEX
             assert book.setdefault(row[i], row[i + 1]) == row[i + 1]
     sparse = recall(50, rng(), dense=False, pairs=12, letters=5)[1]
-    assert (sparse[:, :-2] == -1).all() and torch.equal(sparse[:, -2], x[:, -1])
+    assert (sparse[:, :-2] == IGNORE_INDEX).all() and torch.equal(sparse[:, -2], x[:, -1])
 
 
 def test_input_gradient_is_autograds_on_the_embedding():
@@ -180,26 +176,29 @@ def test_chrono_gates_are_within_the_asked_times():
     rnn = nn.LSTM(4, 300)
     chrono_init(rnn, 50, rng())
     i, f, *rest = (rnn.bias_ih_l0 + rnn.bias_hh_l0).detach().chunk(4)
-    assert (
-        1 <= f.exp().min() < 4
-        and 45 < f.exp().max() <= 49
-        and torch.equal(i, -f)
-        and not any(r.any() for r in rest)
-    )
+    assert 1 <= f.exp().min() < 4 and 45 < f.exp().max() <= 49
+    assert torch.equal(i, -f) and not any(r.any() for r in rest)
 
 
-def test_readings_agree_with_models_without_a_block():
-    config = GPTConfig(
-        block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=16, position='rotary'
-    )
-    model, x, y = GPT(config, rng()), *torch.randint(5, (2, 3, 8), generator=rng(1))
-    lens, cost = readings(model, x, y)
+def strong_gpt(position):
+    "A small GPT with weights so large that every bias and every turn of a query shows."
+    sizes = dict(block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(**sizes, position=position), rng())
+    for p in model.parameters():
+        p.data *= 10
+    return model
+
+
+@pytest.mark.parametrize('position', ['learned', 'rotary', 'alibi', 'none'])
+def test_lens_and_ablation_agree_with_models_without_a_block(position):
+    x, y = torch.randint(5, (2, 3, 8), generator=rng(1))
+    lens, cost = lens_and_ablation(strong_gpt(position), x, y)
     for k in range(3):
-        other = GPT(config, rng())
+        other = strong_gpt(position)
         del other.transformer.h[k]
         torch.testing.assert_close(lens[-1].mean() + cost[k].mean(), other(x, y)[1].detach())
-        del other.transformer.h[k:]
         if k:
+            del other.transformer.h[k:]
             torch.testing.assert_close(lens[k].mean(), other(x, y)[1].detach())
 
 
@@ -226,9 +225,8 @@ def test_window_equals_a_banded_mask_and_stays_causal(sizes, seed):
     T, W = sizes
     q, k, v = (torch.randn(2, T, 4, generator=rng(seed + i), dtype=torch.double) for i in range(3))
     out = windowed_attention(q, k, v, W)
-    torch.testing.assert_close(
-        out, scaled_dot_product_attention(q, k, v, causal_mask(T) & ~causal_mask(T).tril(-W))
-    )
+    band = causal_mask(T) & ~causal_mask(T).tril(-W)
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, band))
     at = random.Random(seed).randrange(T)
     v[:, at] += 1
     moved = (windowed_attention(q, k, v, W) - out).abs().amax((0, 2)) > 0

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 # %% ../nbs/03_attention.ipynb #9d691ba6
 def check_mask(mask: Tensor | None) -> None:
-    "Raise a `ValueError` if `mask` holds whole numbers: added to the scores, they would hide nothing."
+    "Refuse whole numbers as a mask: added to the scores they would hide nothing."
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f'mask has dtype {mask.dtype}: give True where a query may look, for example mask.bool()'
+            f'mask has dtype {mask.dtype}: give True where a query may look, such as mask.bool()'
         )
 
-
+# %% ../nbs/03_attention.ipynb #752378e1
 def attention_weights(
     q: Tensor,  # (..., T, D) what each query looks for
     k: Tensor,  # (..., S, D) what each key has to offer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NORMS', 'relu_squared', 'gelu_tanh', 'hidden_size', 'MLP', 'LayerNorm', 'RMSNorm', 'make_norm',
-           'BlockConfig', 'norm_of', 'attention_of', 'mlp_of', 'check_memory', 'Block', 'make_blocks', 'run_blocks']
+           'BlockConfig', 'norm_of', 'attention_of', 'mlp_of', 'Block', 'make_blocks', 'run_blocks']
 
 # %% ../nbs/06_block.ipynb #671beeaf
 from collections.abc import Callable
@@ -37,14 +37,11 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 # %% ../nbs/06_block.ipynb #3fb6fd61
-def hidden_size(
-    n_embd: int,  # C
-    ratio: float,  # hidden units per channel
-) -> int:
-    "The number of hidden units of an MLP, rounded to the nearest."
+def hidden_size(n_embd: int, ratio: float) -> int:
+    "The number of hidden units of an MLP with `ratio` of them per channel, to the nearest."
     return round(ratio * n_embd)
 
-
+# %% ../nbs/06_block.ipynb #1890653d
 class MLP(nn.Module):
     "Two linear maps around a nonlinearity, on each token by itself (Vaswani 2017, section 3.3)."
 
@@ -73,7 +70,7 @@ class MLP(nn.Module):
 
 # %% ../nbs/06_block.ipynb #e87ed6c5
 class LayerNorm(nn.Module):
-    "Each vector to mean 0 and variance 1, then (optionally) a learned factor and shift (Ba 2016, arXiv 1607.06450)."
+    "Each vector to mean 0 and variance 1, then a learned factor and shift (Ba 2016, 1607.06450)."
 
     def __init__(
         self,
@@ -106,12 +103,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 # %% ../nbs/06_block.ipynb #da4a3af3
-NORMS: dict[str, Callable] = {
-    'layer': LayerNorm,
-    'plain': lambda n_embd, bias, eps: LayerNorm(n_embd, weight=False, eps=eps),
-    'rms': lambda n_embd, bias, eps: RMSNorm(n_embd, eps),
-    'none': lambda n_embd, bias, eps: nn.Identity(),
-}
+NORMS = ('layer', 'plain', 'rms', 'none')
 
 
 def make_norm(
@@ -122,7 +114,11 @@ def make_norm(
 ) -> nn.Module:
     "The norm called `kind`."
     check_choice('norm', kind, NORMS)
-    return NORMS[kind](n_embd, bias=bias, eps=eps)
+    if kind == 'rms':
+        return RMSNorm(n_embd, eps)
+    if kind == 'none':
+        return nn.Identity()
+    return LayerNorm(n_embd, weight=kind == 'layer', bias=bias, eps=eps)
 
 # %% ../nbs/06_block.ipynb #0597aac8
 @dataclass(kw_only=True)
@@ -194,19 +190,6 @@ def mlp_of(config: BlockConfig) -> MLP:
     c = config
     return MLP(c.n_embd, c.mlp_ratio, c.bias, c.activation, n_inner=c.n_inner, gated=c.gated)
 
-# %% ../nbs/06_block.ipynb #3d8bf97b
-def check_memory(memory: Tensor | None, cross: bool) -> None:
-    "Raise a `ValueError` if a memory is given that nobody looks at, or missing where somebody would."
-    if memory is not None and not cross:
-        raise ValueError(
-            'memory was given, but this block has no cross-attention to look at it: '
-            'build it with cross=True'
-        )
-    if memory is None and cross:
-        raise ValueError(
-            'memory=None, but this block looks at one by cross-attention: give memory (B, S, C)'
-        )
-
 # %% ../nbs/06_block.ipynb #c5a03ae6
 class Block(nn.Module):
     "Communicate (attention), then compute (MLP), each added to the stream (Vaswani 2017)."
@@ -222,34 +205,26 @@ class Block(nn.Module):
         super().__init__()
         if not isinstance(config, BlockConfig):
             raise ValueError(f'config={config!r}: write Block(BlockConfig(n_embd=16, n_head=4))')
-        self.norm_first, self.cross, self.drop = (
-            config.norm_first,
-            cross,
-            nn.Dropout(config.dropout),
-        )
+        self.norm_first, self.cross = config.norm_first, cross
+        self.drop = nn.Dropout(config.dropout)
         self.ln_1, self.attn = norm_of(config), attention_of(config, causal=causal)
         if cross:
             self.ln_cross_attn = norm_of(config)
             self.crossattention = attention_of(config, causal=False, cross=True)
         self.ln_2, self.mlp = norm_of(config), mlp_of(config) if mlp is None else mlp
 
-    def forward(
-        self,
-        x: Tensor,  # (B, T, C) the residual stream
-        memory: Tensor | None = None,  # (B, S, C) what cross-attention looks at
-        *,
-        mask: Tensor | None = None,  # for self-attention, see `MultiHeadAttention`
-        memory_mask: Tensor | None = None,  # for cross-attention
-        rotary: Callable | None = None,  # turns queries and keys by their positions
-        cache=None,  # keys and values of earlier tokens
-    ) -> Tensor:  # (B, T, C)
-        check_memory(memory, self.cross)
+    def forward(self, x, memory=None, *, mask=None, memory_mask=None, rotary=None, cache=None):
+        "(B, T, C) -> (B, T, C); `memory` (B, S, C) and its mask are for cross-attention."
+        if (memory is None) == self.cross:
+            raise ValueError(
+                f'memory {"is missing" if self.cross else "was given"}, and this block was built '
+                f'with cross={self.cross}: give one if and only if there is cross-attention'
+            )
         if self.norm_first:
             x = x + self.drop(self.attn(self.ln_1(x), mask=mask, rotary=rotary, cache=cache))
             if self.cross:
-                x = x + self.drop(
-                    self.crossattention(self.ln_cross_attn(x), memory, mask=memory_mask)
-                )
+                asked = self.ln_cross_attn(x)
+                x = x + self.drop(self.crossattention(asked, memory, mask=memory_mask))
             return x + self.drop(self.mlp(self.ln_2(x)))
         x = self.ln_1(x + self.drop(self.attn(x, mask=mask, rotary=rotary, cache=cache)))
         if self.cross:

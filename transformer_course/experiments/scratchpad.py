@@ -15,42 +15,40 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..bigram import IGNORE_INDEX
 from ..data import CharTokenizer
 from ..generation import generate
 
 # %% ../../nbs/22_scratchpad.ipynb #8a253bc8
 def parity_text(
     bits: str,  # such as '0110'
-    detail: int = 1,  # on the scratchpad: nothing (0), the parity so far (1), or each bit and then the parity so far (2)
-    labels: str = '',  # one character for each bit, written before it in the question and on the scratchpad
-    slip: int
-    | None = None,  # at this step the wrong parity is written down; what follows goes on from there
+    detail: int = 1,  # on the scratchpad: nothing (0), the parity so far (1), bit and parity (2)
+    labels: str = '',  # a character for each bit, before it in the question and on the scratchpad
+    slip: int | None = None,  # write a wrong parity at this step, and go on from it
 ) -> str:  # 'question=<scratchpad>answer' and a line end
     "A parity problem worked out in writing (Nye 2021, arXiv 2112.00114)."
     if not bits or set(bits) - {'0', '1'}:
         raise ValueError(f'bits={bits!r} must be a string of 0 and 1, at least one')
     if labels and len(labels) != len(bits):
         raise ValueError(
-            f'labels={labels!r} names {len(labels)} bits, but there are {len(bits)}: give one label a bit, or none'
+            f'labels={labels!r} names {len(labels)} bits, but there are {len(bits)}: '
+            'give one label a bit, or none'
         )
-    steps, parity, names = '', 0, labels or [''] * len(bits)
+    names = labels or [''] * len(bits)
+    steps, parity = '', 0
     for i, (name, bit) in enumerate(zip(names, bits)):
         parity ^= int(bit) ^ (i == slip)
         steps += name + bit * (detail > 1) + str(parity)
-    return (
-        ''.join(name + bit for name, bit in zip(names, bits))
-        + '='
-        + f'<{steps}>' * (detail > 0)
-        + f'{parity}\n'
-    )
+    question = ''.join(name + bit for name, bit in zip(names, bits))
+    scratchpad = f'<{steps}>' if detail else ''
+    return f'{question}={scratchpad}{parity}\n'
 
 # %% ../../nbs/22_scratchpad.ipynb #2c16e1fa
 def addition_text(
     a: str,  # digits, such as '48213'
     b: str,  # as many digits
-    detail: int = 2,  # on the scratchpad: nothing (0), carry and digit of each column (1), or the two digits before them as well (2)
-    slip: int
-    | None = None,  # at this column, counted from the right, the wrong carry is written down; what follows goes on from there
+    detail: int = 2,  # on the scratchpad: nothing (0), carry and digit (1), the operands too (2)
+    slip: int | None = None,  # write a wrong carry at this column from the right, and go on from it
 ) -> str:  # 'question=<scratchpad>answer' and a line end
     "A sum worked out in writing, column by column from the right (Nye 2021, arXiv 2112.00114)."
     if not a or len(a) != len(b) or not (a + b).isdecimal():
@@ -62,16 +60,20 @@ def addition_text(
         carry, digit = divmod(int(x) + int(y) + carry, 10)
         carry ^= i == slip
         steps.append((x + y) * (detail > 1) + f'{carry}{digit}')
-        answer = str(digit) + answer
-    return f'{a}+{b}=' + f'<{",".join(steps)}>' * (detail > 0) + f'{carry}{answer}\n'
+        answer = f'{digit}{answer}'
+    scratchpad = '<' + ','.join(steps) + '>' if detail else ''
+    return f'{a}+{b}={scratchpad}{carry}{answer}\n'
 
 # %% ../../nbs/22_scratchpad.ipynb #e8cf33de
 def split_text(
-    text: str,
+    text: str,  # a line
 ) -> tuple[str, str, str]:  # question, scratchpad ('' where there is none) and answer
-    "Take a finished line apart; three empty strings if it is not of the form 'question=<scratchpad>answer' and a line end."
+    "Take apart 'question=<scratchpad>answer\\n'; three empty strings for anything else."
     found = re.fullmatch(r'([^=<>\n]+)=(?:<([^=<>\n]*)>)?(\d+)\n', text)
-    return tuple(part or '' for part in found.groups()) if found else ('', '', '')
+    if not found:
+        return '', '', ''
+    question, scratchpad, answer = found.groups(default='')
+    return question, scratchpad, answer
 
 # %% ../../nbs/22_scratchpad.ipynb #c53a125a
 def held_out(question: str) -> bool:  # True for about one question in eight
@@ -125,18 +127,18 @@ TOK = CharTokenizer('\n0123456789+=<>,' + string.ascii_letters)
 
 
 def to_batch(
-    lines: list[str],
-) -> tuple[Tensor, Tensor]:  # x and y (B, T), y = -1 in the question and after the end
+    lines: list[str],  # problems, each with an =
+) -> tuple[Tensor, Tensor]:  # x and y (B, T), y = IGNORE_INDEX in the question and after the end
     "Lines of text as inputs and targets; only scratchpad and answer are to be predicted."
     if not lines or any('=' not in line for line in lines):
         raise ValueError(f'lines={lines[:2]!r} must be problems, each with an =')
     longest = max(map(len, lines))
     ids = torch.tensor([TOK.encode(line.ljust(longest, '\n')) for line in lines])  # (B, T+1)
-    place = torch.arange(1, longest)  # of each target in its line
-    start, end = (
-        torch.tensor([[of(line)] for line in lines]) for of in (lambda l: l.index('='), len)
-    )  # (B, 1)
-    return ids[:, :-1], ids[:, 1:].masked_fill((place <= start) | (place >= end), -1)
+    start = torch.tensor([[line.index('=')] for line in lines])  # (B, 1)
+    end = torch.tensor([[len(line)] for line in lines])  # (B, 1)
+    place = torch.arange(1, longest)  # (T,) of each target in its line
+    left_out = (place <= start) | (place >= end)  # (B, T)
+    return ids[:, :-1], ids[:, 1:].masked_fill(left_out, IGNORE_INDEX)
 
 # %% ../../nbs/22_scratchpad.ipynb #03c0b0dc
 def write(
@@ -145,42 +147,32 @@ def write(
     max_new_tokens: int,  # write at most this many characters
 ) -> list[str]:  # prompt and continuation, up to the first line end
     "Let the model go on with each line, always with its likeliest character."
-    if len({len(prompt) for prompt in prompts}) != 1:
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) != 1:
         raise ValueError(
-            f'prompts have lengths {sorted({len(p) for p in prompts})}: give at least one, and all of the same length'
+            f'prompts have lengths {lengths}: give at least one, and all of the same length'
         )
-    rows = generate(
-        model,
-        torch.tensor([TOK.encode(prompt) for prompt in prompts]),
-        max_new_tokens,
-        temperature=0,
-        stop=0,
-    )
-    head = len(prompts[0])
-    return [
-        prompt + re.match(r'[^\n]*\n?', TOK.decode(row[head:]))[0]
-        for prompt, row in zip(prompts, rows)
-    ]
+    ids = torch.tensor([TOK.encode(prompt) for prompt in prompts])  # (B, T)
+    rows = generate(model, ids, max_new_tokens, temperature=0, stop=0)
+    written = [TOK.decode(row[lengths[0] :]) for row in rows]
+    return [prompt + re.match(r'[^\n]*\n?', new)[0] for prompt, new in zip(prompts, written)]
 
 # %% ../../nbs/22_scratchpad.ipynb #9447f60a
 def stream_parity(
     model: nn.Module,  # writes parity scratchpads for n bits, see `parity_text`
     rows: list[str],  # strings of at least n bits, of any length, the same for all
     n: int = 16,  # bits that fit into the window
-) -> tuple[
-    list[str], list[list[str]]
-]:  # the parity of each row; the line in each window, a list for each window
-    "Parity of long strings in a short window: each window begins with a digit that was written on paper before."
+) -> tuple[list[str], list[list[str]]]:  # the parity of each row; the lines of each window
+    "Parity of long strings in a short window: each window begins with a digit from the paper."
     if n < 2 or not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < n:
         raise ValueError(
-            f'n={n} must be at least 2, and rows must be strings of at least n bits, all of the same length'
+            f'n={n} must be at least 2, and rows must be strings of at least n bits, '
+            'all of the same length'
         )
     length, paper, windows = len(rows[0]), [''] * len(rows), []
     while len(paper[0]) < length:
         start = min(len(paper[0]), length - n + 1) if windows else 0
-        heads = [
-            p[start - 1 : start] if start else '' for p in paper
-        ]  # the parity of all that came before
+        heads = [p[max(start - 1, 0) : start] for p in paper]  # the parity of all that came before
         prompts = [(head + row[start:])[:n] + '=' for head, row in zip(heads, rows)]
         windows.append(write(model, prompts, 2 * n))
         notes = [split_text(line)[1].ljust(n, '0')[:n] for line in windows[-1]]
