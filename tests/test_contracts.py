@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from transformer_course.bigram import BigramLanguageModel, cross_entropy
+from transformer_course.bigram import IGNORE_INDEX, BigramLanguageModel, cross_entropy
 from transformer_course.block import BlockConfig, make_blocks, make_norm, run_blocks
 from transformer_course.cache import KVCache
 from transformer_course.training import load_model
@@ -102,14 +102,15 @@ def text_batch(g):
 def tag_batch(g):
     idx, lengths = ids(g), torch.randint(1, T + 1, (8,), generator=g)
     real = torch.arange(T) < lengths[:, None]
-    return idx, lengths, torch.where(real, idx.flip(0) * 0 + (idx + 1) % V, -1)
+    return idx, lengths, torch.where(real, (idx + 1) % V, IGNORE_INDEX)
 
 
 def translation_batch(g):
     source, lengths = ids(g), torch.randint(2, T + 1, (8,), generator=g)
     targets = (source + 1) % V
     idx = torch.cat([torch.zeros(8, 1).long(), targets[:, :-1]], dim=1)
-    return source, lengths, idx, torch.where(torch.arange(T) < lengths[:, None], targets, -1)
+    real = torch.arange(T) < lengths[:, None]
+    return source, lengths, idx, torch.where(real, targets, IGNORE_INDEX)
 
 
 def regression_batch(g):

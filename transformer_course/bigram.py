@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plots import progress
+from .progress import progress
 
 # %% ../nbs/01_bigram.ipynb #1213da6a
 def bigram_counts(
