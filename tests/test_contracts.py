@@ -13,7 +13,7 @@ from torch import nn
 from transformer_course.bigram import IGNORE_INDEX, BigramLanguageModel, cross_entropy
 from transformer_course.block import BlockConfig, make_blocks, make_norm, run_blocks
 from transformer_course.cache import KVCache
-from transformer_course.training import load_model
+from transformer_course.checkpoint import load_model
 from transformer_course.experiments.regression import InContextRegressor, RegressorConfig
 from transformer_course.experts import ExpertConfig, ExpertGPT
 from transformer_course.generation import generate
