@@ -96,7 +96,7 @@ def sample_once(folder, int8):
     if int8:
         from transformer_course.int8 import load_int8 as load
     else:
-        from transformer_course.training import load_model as load
+        from transformer_course.checkpoint import load_model as load
     model, _ = load(folder)
     generate(model, torch.ones(1, 1).long(), 32, temperature=0)
     return dict(peak_memory_mb=round(resident('VmHWM')))

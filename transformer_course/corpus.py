@@ -19,7 +19,8 @@ from .data import CharTokenizer, get_batch, train_val_split
 from .files import checksum
 from .parallel import global_batch
 from .settings import check_types
-from .shards import ShardBatches, Shards, tokenizer_from
+from .prepare import tokenizer_from
+from .shards import ShardBatches, Shards
 from .sources import load_text
 from .tokenizer import BPETokenizer
 

@@ -25,7 +25,7 @@ from .generation import stream
 from .gpt import GPT
 from .int8 import load_int8
 from .settings import check_types
-from .shards import tokenizer_from
+from .prepare import tokenizer_from
 from .tensors import TensorFile
 from .tokenizer import BPETokenizer
 

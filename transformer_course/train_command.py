@@ -24,7 +24,8 @@ from .data import CharTokenizer
 from .flags import merge_settings, pick
 from .gpt import GPT, GPTConfig
 from .parallel import should_resume, together
-from .plots import plot_losses, save_png
+from .figures import save_png
+from .plots import plot_losses
 from .sample_command import continue_text, find_device, first_prompt
 from .settings import check_types, config_from_dict
 from .tokenizer import BPETokenizer
