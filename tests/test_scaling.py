@@ -26,7 +26,8 @@ from transformer_course.scaling import (
 )
 from transformer_course.prepare import prepare
 from transformer_course.optim import lr_factor
-from transformer_course.training import TrainConfig, model_flops_per_token
+from transformer_course.flops import model_flops_per_token
+from transformer_course.training import TrainConfig
 
 COMMAND = Path(sys.executable).with_name('transformer-course')
 SHRUNK = '--n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --max_iters 2 --eval_interval 1 --warmup_iters 1 --sample_tokens 5 --device cpu'.split()
