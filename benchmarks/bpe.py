@@ -1,36 +1,41 @@
-"""Byte-pair encoding beside Hugging Face's tokenizers, tiktoken and minbpe: the time to learn 1,024 tokens, and to encode.
+"""BPE beside Hugging Face's tokenizers, tiktoken and minbpe: time to learn 1,024 tokens, to encode.
 
-    python benchmarks/bpe.py                               ours, Hugging Face, tiktoken: about a minute
+    python benchmarks/bpe.py                         ours, Hugging Face, tiktoken: a minute
     git clone https://github.com/karpathy/minbpe
-    python benchmarks/bpe.py --minbpe minbpe               minbpe too, on the first 100,000 characters
-    python benchmarks/bpe.py --minbpe minbpe --slow        minbpe on the whole text: some minutes
+    python benchmarks/bpe.py --minbpe minbpe         minbpe too, on 100,000 characters
+    python benchmarks/bpe.py --minbpe minbpe --slow  minbpe on the whole text: some minutes
 
-Contestants take turns in one process, each on one thread, with everything from the text to the tokens inside the clock.
-Before anything is printed, the results are compared: the same tokens as Hugging Face's trainer (given our pieces, with a
-character for each byte, so that both break ties alike), and the same ids from every encoder. minbpe breaks ties by what
-it saw first, so its tokens are counted, not demanded; its encoder is given our merges. Writes benchmarks/results/bpe.json.
+Contestants take turns in one process, each on one thread, with everything from the text to the
+tokens inside the clock. Before anything is printed, the results are compared: the same tokens as
+Hugging Face's trainer (given our pieces, with a character for each byte, so that both break ties
+alike), and the same ids from every encoder. minbpe breaks ties by what it saw first, so its tokens
+are counted, not demanded; its encoder is given our merges. Writes benchmarks/results/bpe.json.
 
-The file is not called tokenizers.py: Python would then import it where Hugging Face's package is meant.
+The file is not called tokenizers.py: Python would then import it where Hugging Face's package is
+meant.
 """
 
 import os
 
 os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
-import argparse, gc, importlib, statistics, sys, time
+import argparse
+import gc
+import importlib
+import statistics
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import peers
 import tiktoken
+
 from transformer_course.sources import load_text
 from transformer_course.tokenizer import PATTERN, BPETokenizer, learn_merges, split_pieces
 
 VOCAB, SLICE = 1024, 100_000
-PRINTABLE = (
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-)  # the bytes that GPT-2 writes as themselves (Radford 2019)
+# the bytes that GPT-2 writes as themselves (Radford 2019)
+PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 
 
 def timed(function):
@@ -58,7 +63,7 @@ def pairs_of(text, vocab_size):
 
 
 def hf_trained_on_pieces(hf, text, vocab_size):
-    "Hugging Face's trainer on our pieces, with a character for each byte in the order of the bytes: its tokens, as bytes."
+    "The tokens, as bytes, of Hugging Face's trainer on our pieces, a character for each byte."
     letters = [chr(0x400 + b) for b in range(256)]
     tokenizer = hf.Tokenizer(hf.models.BPE())
     trainer = hf.trainers.BpeTrainer(
@@ -102,19 +107,18 @@ def hf_with(hf, tokens, pairs):
 def minbpe_with(module, tokens, pairs):
     "minbpe's tokenizer with our tokens."
     tokenizer = module.RegexTokenizer(PATTERN)
-    tokenizer.merges, tokenizer.vocab = (
-        {pair: 256 + i for i, pair in enumerate(pairs)},
-        dict(enumerate(tokens)),
-    )
+    tokenizer.merges = {pair: 256 + i for i, pair in enumerate(pairs)}
+    tokenizer.vocab = dict(enumerate(tokens))
     return tokenizer
 
 
 def load_minbpe(path):
-    "minbpe from a checkout; its third tokenizer wants a file from the network, so only the one used here is imported."
+    "minbpe from a checkout: one module alone, as another one wants a file from the network."
     root = Path(path).resolve()
     if not (root / 'minbpe' / 'regex.py').is_file():
         raise ValueError(
-            f'minbpe={str(path)!r} holds no minbpe/regex.py: give a checkout of github.com/karpathy/minbpe'
+            f'minbpe={str(path)!r} holds no minbpe/regex.py: '
+            'give a checkout of github.com/karpathy/minbpe'
         )
     package = type(sys)('minbpe')  # an empty package: minbpe/__init__.py is left out
     package.__path__ = [str(root / 'minbpe')]
@@ -151,7 +155,7 @@ def train_beside_minbpe(text, vocab_size, minbpe):
 
 
 def encode_all(text, tokens, pairs, hf, runs):
-    "Encoding the whole text; raises where the ids differ. Ours begins each run with an empty memory."
+    "Encoding the whole text; raises where the ids differ. Ours begins each run afresh."
     as_tiktoken = BPETokenizer(tokens).to_tiktoken()
     plain = tiktoken.Encoding(
         'plain',
@@ -168,9 +172,8 @@ def encode_all(text, tokens, pairs, hf, runs):
     if hf:
         theirs = hf_with(hf, tokens, pairs)
         contestants['Hugging Face'] = lambda: theirs.encode(text).ids
-        contestants['Hugging Face, encode_batch_fast'] = lambda: (
-            theirs.encode_batch_fast([text])[0].ids
-        )  # without the place of each token in the text
+        without_places = lambda: theirs.encode_batch_fast([text])[0].ids
+        contestants['Hugging Face, encode_batch_fast'] = without_places
     results, rows = take_turns(contestants, runs)
     for name, ids in results.items():
         if ids != results['ours']:
@@ -191,15 +194,11 @@ def encode_beside_minbpe(text, tokens, pairs, minbpe):
 
 def summary(rows, megabytes=None):
     "Medians of the runs; with `megabytes`, the speed in MB (1,000,000 bytes) a CPU second as well."
-    middle = {
-        name: {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-        for name, runs in rows.items()
-    }
-    if megabytes:
-        middle = {
-            name: {**m, 'mb_per_cpu_second': megabytes / m['cpu_seconds']}
-            for name, m in middle.items()
-        }
+    middle = {}
+    for name, runs in rows.items():
+        middle[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        if megabytes:
+            middle[name]['mb_per_cpu_second'] = megabytes / middle[name]['cpu_seconds']
     return dict(median=middle, runs=rows)
 
 
@@ -211,32 +210,15 @@ def table(title, part):
         print(f"  {name:46}{m['cpu_seconds']:10.3f}{m['seconds']:10.3f}{speed}")
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--minbpe', help='a checkout of minbpe')
-    parser.add_argument(
-        '--slow', action='store_true', help='minbpe on the whole text, not on its beginning'
-    )
-    parser.add_argument('--runs', type=int, default=5)
-    parser.add_argument(
-        '--quick',
-        action='store_true',
-        help='20,000 characters, 300 tokens, one run; writes nothing',
-    )
-    args = parser.parse_args(arguments)
-    text, source = load_text()
-    vocab_size, runs, length = VOCAB, args.runs, None if args.slow else SLICE
-    if args.quick:
-        text, vocab_size, runs, length = text[:20_000], 300, 1, 2_000
-    try:
-        hf = importlib.import_module('tokenizers')
-    except ImportError:
-        hf = None
-    print(source if hf else f'{source}; Hugging Face left out: pip install tokenizers')
-    tokens, rows = train_all(text, vocab_size, hf, runs)
-    pairs, size = pairs_of(text, vocab_size), len(text.encode()) / 1e6
+def megabytes(text):
+    "The size of a text in MB, as UTF-8."
+    return len(text.encode()) / 1e6
+
+
+def on_the_whole_text(text, source, vocab_size, hf, runs):
+    "Training and encoding, printed: (result, tokens, merges)."
+    tokens, training = train_all(text, vocab_size, hf, runs)
+    pairs = pairs_of(text, vocab_size)
     if [tokens[a] + tokens[b] for a, b in pairs] != tokens[256:]:
         raise AssertionError('the merges are not those of the tokens')
     encoding, ids = encode_all(text, tokens, pairs, hf, runs)
@@ -246,33 +228,64 @@ def main(arguments=None):
         vocab_size=vocab_size,
         ids=ids,
         threads=1,
-        train=summary(rows),
-        encode=summary(encoding, size),
+        train=summary(training),
+        encode=summary(encoding, megabytes(text)),
         tokens_equal_hugging_face=bool(hf),
         ids_equal=True,
     )
     table(f'{vocab_size:,} tokens learnt from {len(text):,} characters', result['train'])
     table('the same text encoded', result['encode'])
-    more = {}
-    if args.minbpe:
-        minbpe, part = load_minbpe(args.minbpe), text[:length]
-        more['minbpe'] = peers.checkout_version(args.minbpe)
-        trained, same = train_beside_minbpe(part, vocab_size, minbpe)
-        encoded = encode_beside_minbpe(part, tokens, pairs, minbpe)
-        result['minbpe'] = dict(
-            characters=len(part),
-            tokens_in_common=same,
-            train=summary(trained),
-            encode=summary(encoded, len(part.encode()) / 1e6),
-        )
-        table(
-            f'{vocab_size:,} tokens learnt from {len(part):,} characters', result['minbpe']['train']
-        )
-        table('the same characters encoded', result['minbpe']['encode'])
-        print(f'  {same:,} of {vocab_size:,} tokens in common (ties are broken differently)')
-    result['versions'] = peers.versions(
-        'tiktoken', 'regex', *(['tokenizers'] if hf else []), **more
+    return result, tokens, pairs
+
+
+def beside_minbpe(part, vocab_size, tokens, pairs, minbpe):
+    "Training and encoding next to minbpe, printed."
+    training, same = train_beside_minbpe(part, vocab_size, minbpe)
+    encoding = encode_beside_minbpe(part, tokens, pairs, minbpe)
+    result = dict(
+        characters=len(part),
+        tokens_in_common=same,
+        train=summary(training),
+        encode=summary(encoding, megabytes(part)),
     )
+    table(f'{vocab_size:,} tokens learnt from {len(part):,} characters', result['train'])
+    table('the same characters encoded', result['encode'])
+    print(f'  {same:,} of {vocab_size:,} tokens in common (ties are broken differently)')
+    return result
+
+
+def parsed(arguments):
+    "The command line."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--minbpe', help='a checkout of minbpe')
+    parser.add_argument('--slow', action='store_true', help='minbpe on the whole text')
+    parser.add_argument('--runs', type=int, default=5)
+    quick = '20,000 characters, 300 tokens, one run; writes nothing'
+    parser.add_argument('--quick', action='store_true', help=quick)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parsed(arguments)
+    text, source = load_text()
+    vocab_size, runs, length = VOCAB, args.runs, None if args.slow else SLICE
+    if args.quick:
+        text, vocab_size, runs, length = text[:20_000], 300, 1, 2_000
+    try:
+        hf = importlib.import_module('tokenizers')
+    except ImportError:
+        hf = None
+    print(source if hf else f'{source}; Hugging Face left out: pip install tokenizers')
+    result, tokens, pairs = on_the_whole_text(text, source, vocab_size, hf, runs)
+    checkouts = {}
+    if args.minbpe:
+        minbpe = load_minbpe(args.minbpe)
+        checkouts['minbpe'] = peers.checkout_version(args.minbpe)
+        result['minbpe'] = beside_minbpe(text[:length], vocab_size, tokens, pairs, minbpe)
+    packages = ['tiktoken', 'regex', 'tokenizers'] if hf else ['tiktoken', 'regex']
+    result['versions'] = peers.versions(*packages, **checkouts)
     print(result['versions'])
     if not args.quick:
         peers.write('bpe', result)

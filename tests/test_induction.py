@@ -1,4 +1,4 @@
-"Induction: lists against their period, the hand-made circuit against a dictionary, instruments against heads that are known."
+"Induction: lists against their period, the hand-made circuit against a rule, scores against loops."
 
 import itertools
 
@@ -30,18 +30,9 @@ def rng(seed=0):
 
 def some_model(position='rotary', n_layer=2, n_head=2, mlp=False, **changes):
     "Random weights large enough for attention to be far from even."
-    config = GPTConfig(
-        block_size=16,
-        vocab_size=V,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=16,
-        position=position,
-        norm='plain',
-        bias=False,
-        tie_weights=False,
-        **changes,
-    )
+    shape = dict(block_size=16, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=16)
+    kind = dict(position=position, norm='plain', bias=False, tie_weights=False)
+    config = GPTConfig(**shape, **kind | changes)
     model = GPT(config, rng()) if mlp else attention_only(config, rng())
     g = rng(1)
     for p in model.parameters():
@@ -56,11 +47,9 @@ def some_ids(n=5, length=13, periods=(3, 6), seed=0, distinct=True):
 @pytest.mark.parametrize('distinct', [True, False])
 def test_lists_repeat_with_their_period(distinct):
     ids, period = repeated(400, 30, V, (4, 9), rng(), distinct)
-    assert (
-        ids.shape == (400, 30)
-        and sorted(set(period.tolist())) == list(range(4, 10))
-        and set(ids.flatten().tolist()) == set(range(V))
-    )
+    assert ids.shape == (400, 30)
+    assert sorted(set(period.tolist())) == list(range(4, 10))
+    assert set(ids.flatten().tolist()) == set(range(V))
     t = torch.arange(30)
     assert torch.equal(ids, ids.gather(1, t % period[:, None]))
     doubles = sum(len(set(row[:p])) < p for row, p in zip(ids.tolist(), period.tolist()))
@@ -73,9 +62,8 @@ def test_lists_depend_on_the_generator_alone():
     one = some_ids()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(5)
-    assert all(torch.equal(a, b) for a, b in zip(one, some_ids())) and not torch.equal(
-        one[0], some_ids(seed=1)[0]
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one, some_ids()))
+    assert not torch.equal(one[0], some_ids(seed=1)[0])
 
 
 @pytest.mark.parametrize(
@@ -106,12 +94,10 @@ def test_accuracy_counts_the_second_round_only():
 
 
 def test_by_hand_on_every_sequence():
-    model, every = (
-        induction_by_hand(3, 7),
-        torch.tensor(list(itertools.product(range(3), repeat=7))),
-    )
-    guess, checked = model(every)[0].argmax(-1).tolist(), 0
-    for row, out in zip(every.tolist(), guess):
+    every = torch.tensor(list(itertools.product(range(3), repeat=7)))
+    guesses = induction_by_hand(3, 7)(every)[0].argmax(-1)
+    checked = 0
+    for row, out in zip(every.tolist(), guesses.tolist()):
         after = {}
         for t, token in enumerate(row):
             if t:
@@ -132,11 +118,8 @@ def test_by_hand_is_causal_and_sure():
 
 
 def test_by_hand_does_not_care_which_symbol_is_which():
-    model, (ids, _), names = (
-        induction_by_hand(V, 13),
-        some_ids(),
-        torch.randperm(V, generator=rng(4)),
-    )
+    model, (ids, _) = induction_by_hand(V, 13), some_ids()
+    names = torch.randperm(V, generator=rng(4))
     torch.testing.assert_close(model(names[ids])[0][..., names], model(ids)[0])
 
 
@@ -163,9 +146,8 @@ def test_maps_are_what_attention_uses(position, mlp):
     attn.c_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(ids)
     _, _, v = attn.heads(seen[0])
-    torch.testing.assert_close(
-        (maps[1] @ v).transpose(1, 2).flatten(2), seen[1], atol=1e-5, rtol=1e-5
-    )
+    merged = (maps[1] @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merged, seen[1], atol=1e-5, rtol=1e-5)
 
 
 def test_maps_leave_no_hooks():
@@ -220,12 +202,8 @@ def test_the_mean_is_kept():
     x = model.transformer.wte(ids)
     x = x + model.transformer.h[0].attn(model.transformer.h[0].ln_1(x), rotary=model.rotary)
     mean = block.attn(block.ln_1(x), rotary=model.rotary).mean((0, 1))
-    torch.testing.assert_close(
-        ablate(model, ids, 1, fill='mean'),
-        model.lm_head(model.transformer.ln_f(x + mean)),
-        atol=1e-4,
-        rtol=1e-4,
-    )
+    expected = model.lm_head(model.transformer.ln_f(x + mean))
+    torch.testing.assert_close(ablate(model, ids, 1, fill='mean'), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bad_cuts():
@@ -243,20 +221,15 @@ def test_bad_cuts():
 @pytest.mark.parametrize('position', ['learned', 'rotary'])
 @pytest.mark.parametrize('head', [0, 1])
 def test_matrices_give_the_scores(position, head):
-    attn, x = (
-        (model := some_model(position)).transformer.h[1].attn,
-        torch.randn(1, 9, 16, generator=rng(2)),
-    )
+    model, x = some_model(position), torch.randn(1, 9, 16, generator=rng(2))
+    attn = model.transformer.h[1].attn
     q, k, v = attn.heads(x, rotary=model.rotary)
+    near = dict(atol=1e-4, rtol=1e-4)
     for t, s in ((8, 8), (8, 1), (5, 2)):
         qk, ov = head_matrices(model, 1, head, t - s)
-        torch.testing.assert_close(
-            q[0, head, t] @ k[0, head, s], x[0, t] @ qk @ x[0, s], atol=1e-4, rtol=1e-4
-        )
-    rows = slice(8 * head, 8 * head + 8)
-    torch.testing.assert_close(
-        attn.c_proj.weight[:, rows] @ v[0, head, 3], ov @ x[0, 3], atol=1e-4, rtol=1e-4
-    )
+        torch.testing.assert_close(q[0, head, t] @ k[0, head, s], x[0, t] @ qk @ x[0, s], **near)
+    message = attn.c_proj.weight[:, 8 * head : 8 * head + 8] @ v[0, head, 3]
+    torch.testing.assert_close(message, ov @ x[0, 3], **near)
 
 
 def test_orthogonal_maps_compose_at_chance():
@@ -270,11 +243,8 @@ def test_orthogonal_maps_compose_at_chance():
 
 def test_steepest_drop():
     stairs = [3.0] * 5 + [1.0] * 5
-    assert (
-        steepest_drop(stairs, 1) == 4
-        and steepest_drop([s + 7 for s in stairs], 1) == 4
-        and steepest_drop([9 * s for s in stairs], 1) == 4
-    )
+    for curve in (stairs, [s + 7 for s in stairs], [9 * s for s in stairs]):
+        assert steepest_drop(curve, 1) == 4
     for width in (2, 4, 6):
         assert 2 <= steepest_drop(stairs, width) <= 7
     for width in (0, 10):

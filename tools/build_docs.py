@@ -2,20 +2,33 @@
 
     python tools/build_docs.py                 write _docs/
     python tools/build_docs.py --out DIR       write DIR instead
-    python tools/build_docs.py --sidebar       only rewrite nbs/sidebar.yml (after a chapter was added)
+    python tools/build_docs.py --sidebar       only rewrite nbs/sidebar.yml, for a new chapter
 
-The notebooks are not executed again: their committed outputs are what the site shows. nbdev's own processors prepare
-them (API entries, links, hidden cells) and smalldocs renders them; `nbdev_docs` with Quarto reads the same sources.
-Needs Python 3.11 or later, `pip install -e '.[dev]'`, and `npm i --ignore-scripts` for KaTeX.
-The build fails on a broken link or anchor, and on anything a page would fetch from another host.
+The notebooks are not executed again: their committed outputs are what the site shows. nbdev's own
+processors prepare them (API entries, links, hidden cells) and smalldocs renders them; `nbdev_docs`
+with Quarto reads the same sources. Needs Python 3.11 or later, `pip install -e '.[dev]'`, and
+`npm i --ignore-scripts` for KaTeX. The build fails on a broken link or anchor, and on anything a
+page would fetch from another host.
 """
 
-import argparse, json, os, re, shutil, sys, tempfile
+import argparse
+import ast
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-ROOT = Path(__file__).resolve().parents[1]
+from cells import ROOT
+
+sys.path.insert(0, str(ROOT))
+from transformer_course.files import write_file
+
 PARTS = [
     ('Part I: language', 0, 2),
     ('Part II: the Transformer', 3, 7),
@@ -24,38 +37,33 @@ PARTS = [
     ('Part V: in-context learning', 19, 22),
     ('Part VI: why', 23, 99),
 ]
-SUPPORT = ['sources', 'plots', 'claims', 'ledger', 'exercises', 'checkpoint', 'cli']
-NO_PREFIX = re.compile(r'^\d+[a-z]?_')
+SUPPORT = ['sources', 'figures', 'plots', 'matrices', 'graphs', 'walk', 'progress']
+SUPPORT += ['records', 'claims', 'ledger', 'pages']  # in this order; then the others, by name
 
 
 def chapters(nbs):
-    "The chapters of folder `nbs` as {number: file name}, for the notebooks that exist."
-    return {int(p.name[:2]): p.name for p in sorted(Path(nbs).glob('[0-9][0-9]_*.ipynb'))}
+    "The chapters in folder `nbs`, as (number, file name): in order, several may share a number."
+    names = sorted(p.name for p in Path(nbs).glob('[0-9][0-9]_*.ipynb'))
+    return [(int(name[:2]), name) for name in names]
+
+
+def section(title, files):
+    "A section of the sidebar, as lines; an empty one is left out."
+    head = [f'      - section: "{title}"', '        contents:']
+    return [*head, *(f'          - {f}' for f in files)] if files else []
 
 
 def sidebar(nbs):
-    "The text of `sidebar.yml` for the notebooks in folder `nbs`: the parts of the course, then the tools it stands on."
-    lines = ['website:', '  sidebar:', '    contents:']
+    "The text of `sidebar.yml`: the parts of the course, then the tools that it stands on."
+    lines, found = ['website:', '  sidebar:', '    contents:'], chapters(nbs)
     for text, page in (('Start', 'index.ipynb'), ('The ledger', 'ledger.ipynb')):
         if (Path(nbs) / page).exists():
             lines += [f'      - text: {text}', f'        href: {page}']
-    found = chapters(nbs)
-
-    def section(title, files):
-        if files:
-            lines.extend(
-                [
-                    f'      - section: "{title}"',
-                    '        contents:',
-                    *(f'          - {f}' for f in files),
-                ]
-            )
-
     for title, first, last in PARTS:
-        section(title, [f for n, f in sorted(found.items()) if first <= n <= last])
+        lines += section(title, [name for n, name in found if first <= n <= last])
     names = [p.stem for p in (Path(nbs) / 'support').glob('[!._]*.ipynb')]
     names.sort(key=lambda n: (SUPPORT.index(n) if n in SUPPORT else len(SUPPORT), n))
-    section('Support', [f'support/{n}.ipynb' for n in names])
+    lines += section('Support', [f'support/{n}.ipynb' for n in names])
     return '\n'.join(lines) + '\n'
 
 
@@ -63,13 +71,19 @@ def katex():
     "The folder of KaTeX's built files."
     dist = ROOT / 'node_modules' / 'katex' / 'dist'
     if not (dist / 'katex.min.js').exists():
-        sys.exit(
-            f'build_docs: KaTeX is missing; run `npm i --ignore-scripts --no-package-lock` in {ROOT.name}/ first'
-        )
+        mend = f'run `npm i --ignore-scripts --no-package-lock` in {ROOT.name}/ first'
+        sys.exit(f'build_docs: KaTeX is missing; {mend}')
     return dist
 
 
-# ---------------------------------------------------------------- from notebooks to smalldocs' sources
+# ---------------------------------------------------------------- notebooks as smalldocs' sources
+
+
+def headings(source):
+    "The headings of a cell of Markdown; for the front matter, the title."
+    if source.startswith('---'):
+        return re.findall(r'^title: (.+)$', source, re.M)
+    return re.findall(r'^#+ (.+?)(?: \{.*\})?$', source, re.M)
 
 
 def alt_texts(nb):
@@ -78,32 +92,25 @@ def alt_texts(nb):
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            found = re.findall(r'^#+ (.+?)(?: \{.*\})?$', source, re.M)
-            heading = found[-1] if found else heading
-            title = re.search(r'^title: (.+)$', source, re.M) if source.startswith('---') else None
-            heading = title[1] if title else heading
-        elif (
-            any(m.startswith('image/') for o in cell.get('outputs', []) for m in o.get('data', {}))
-            and 'fig-alt:' not in source
-        ):
+            heading = [heading, *headings(source)][-1]
+            continue
+        kinds = [kind for out in cell.get('outputs', []) for kind in out.get('data', {})]
+        if any(kind.startswith('image/') for kind in kinds) and 'fig-alt:' not in source:
             text = re.sub(r'[`"*$\\]', '', heading).strip("' ")
             cell['source'] = f'#| fig-alt: "Figure: {text}"\n{source}'
 
 
 def compact(nb):
-    "Where an API entry is followed by its source, leave the signature to the source instead of showing it twice."
-    cells = nb['cells']
-    for entry, following in zip(cells, cells[1:]):
-        if 'show_doc(' not in ''.join(entry['source']) or not ''.join(
-            following['source']
-        ).startswith('#| code-fold'):
+    "Where its source follows an API entry, only the source shows the signature."
+    signature = re.compile(r'^---\n|^```python\n.*?^```\n\n?', re.M | re.S)
+    sources = [''.join(cell['source']) for cell in nb['cells']]
+    for cell, source, following in zip(nb['cells'], sources, sources[1:]):
+        if 'show_doc(' not in source or not following.startswith('#| code-fold'):
             continue
-        for out in entry['outputs']:
+        for out in cell['outputs']:
             text = ''.join(out.get('data', {}).get('text/markdown', ''))
             if text:
-                out['data']['text/markdown'] = re.sub(
-                    r'^---\n|^```python\n.*?^```\n\n?', '', text, flags=re.M | re.S
-                )
+                out['data']['text/markdown'] = signature.sub('', text)
 
 
 def links_out(nb, folder, blob):
@@ -118,8 +125,16 @@ def links_out(nb, folder, blob):
             cell['source'] = re.sub(r'(\]\()(\.\./[^)\s]+)', link, ''.join(cell['source']))
 
 
+def code_link(nb, href):
+    "Have the page link to its notebook."
+    first = nb['cells'][0]
+    if first['cell_type'] == 'raw':
+        links = f'code-links:\n- text: This notebook\n  icon: journal-code\n  href: {href}\n---'
+        first['source'] = re.sub(r'---\s*$', links, ''.join(first['source']))
+
+
 def rename(proc, host, blob):
-    "Give the processed notebooks the names their pages have in the Quarto site, and make links to this site local."
+    "Give the processed notebooks the names that their pages have; links to this site become local."
     names = {}
     for path in sorted(proc.rglob('*.ipynb')):
         text = path.read_text(encoding='utf-8')
@@ -129,50 +144,41 @@ def rename(proc, host, blob):
         alt_texts(nb)
         compact(nb)
         links_out(nb, folder, blob)
-        notebook = f'code-links:\n- text: This notebook\n  icon: journal-code\n  href: {blob}/nbs/{folder / path.name}\n---'
-        if nb['cells'][0]['cell_type'] == 'raw':
-            nb['cells'][0]['source'] = re.sub(
-                r'---\s*$', notebook, ''.join(nb['cells'][0]['source'])
-            )
+        code_link(nb, f'{blob}/nbs/{folder / path.name}')
         new = path.with_name((out[1] if out else path.stem) + '.ipynb')
         names[path.name] = new.name
         path.unlink()
         new.write_text(json.dumps(nb), encoding='utf-8')
     # links between notebooks, written with the file names of nbs/
-    link = re.compile(
-        '|'.join(rf'(?<![\w]){re.escape(old)}' for old in names if names[old] != old) or '(?!)'
-    )
+    changed = [rf'(?<![\w]){re.escape(old)}' for old in names if names[old] != old]
+    link = re.compile('|'.join(changed) or '(?!)')
     for path in [*proc.rglob('*.ipynb'), proc / 'sidebar.yml']:
-        path.write_text(
-            link.sub(lambda m: names[m[0]], path.read_text(encoding='utf-8')), encoding='utf-8'
-        )
+        text = path.read_text(encoding='utf-8')
+        path.write_text(link.sub(lambda m: names[m[0]], text), encoding='utf-8')
 
 
 def only_definitions():
-    "Have nbdev run no cell for the API entries that mixes imports with other code: the build executes definitions, not lessons."
-    import ast
+    """Have nbdev run definitions and imports for the API entries, and no cell of a lesson.
+
+    nbdev would run a cell that mixes imports with other code.
+    """
     from nbdev import processors
 
     wanted = processors._do_eval
+    defining = {'export', 'exports', 'exporti', 'exec_doc'}
 
     def do_eval(cell):
-        lesson = (
-            not (cell.directives_.keys() & {'export', 'exports', 'exporti', 'exec_doc'})
-            and cell.cell_type == 'code'
-        )
-        if (
-            lesson
-            and any(not isinstance(t, (ast.Import, ast.ImportFrom)) for t in cell.parsed_() or [])
-            and not processors._show_docs(cell.parsed_())
-        ):
-            return None
-        return wanted(cell)
+        if cell.cell_type != 'code' or cell.directives_.keys() & defining:
+            return wanted(cell)
+        nodes = cell.parsed_() or []
+        only_imports = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes)
+        return wanted(cell) if only_imports or processors._show_docs(nodes) else None
 
     processors._do_eval = do_eval
 
 
 def render(out):
-    "Build the site in a copy of the sources, so that the work tree stays as it is, and put it at `out`."
+    "Build the site in a copy of the sources, so that the work tree stays as it is."
     dist, cwd = katex(), os.getcwd()
     with tempfile.TemporaryDirectory(prefix='course-site-') as tmp:
         try:
@@ -181,8 +187,8 @@ def render(out):
             os.chdir(cwd)
 
 
-def render_in(tmp, out, dist):
-    "Build the site in the empty folder `tmp` and copy it to `out`; the site, and what is wrong with it."
+def copy_sources(tmp):
+    "The notebooks and the package in the empty folder `tmp`, which becomes the place to work."
     for name in ('settings.ini', 'README.md'):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp / name)
@@ -191,6 +197,10 @@ def render_in(tmp, out, dist):
         shutil.copytree(ROOT / name, tmp / name, ignore=skip)
     os.chdir(tmp)
     sys.path.insert(0, str(tmp))
+
+
+def processed(tmp):
+    "The folder of the notebooks as nbdev's processors leave them, with the names of their pages."
     from nbdev.config import get_config
     from nbdev.doclinks import _build_modidx
     from nbdev.quarto import refresh_quarto_yml
@@ -203,14 +213,20 @@ def render_in(tmp, out, dist):
     (tmp / 'nbs' / 'sidebar.yml').write_text(sidebar(tmp / 'nbs'), encoding='utf-8')
     proc = Path(proc_nbs(tmp / 'nbs', n_workers=0, force=True))
     rename(proc, f'{cfg.doc_host}{cfg.doc_baseurl}/', f'{cfg.git_url}/blob/{cfg.branch}')
+    return proc
+
+
+def render_in(tmp, out, dist):
+    "Build the site in the folder `tmp` and copy it to `out`; the site, and what is wrong with it."
+    copy_sources(tmp)
+    proc = processed(tmp)
     import smalldocs.layout
     from smalldocs.site import build
 
     smalldocs.layout.KATEX = '@@KATEX@@'
     site = build(proc, quiet=True)
-    known = re.compile(
-        'output-file|commonmark|keep-md|broken link'
-    )  # renamed above; for Quarto only; `check` reports links
+    # renamed above; for Quarto only; `check` reports links
+    known = re.compile('output-file|commonmark|keep-md|broken link')
     for warning in site.warnings:
         if not known.search(warning):
             print(f'build_docs: {warning}', file=sys.stderr)
@@ -240,40 +256,38 @@ def finish(site, dist):
         to = site / 'site_libs' / 'katex' / name
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(dist / name, to)
-    shutil.copytree(
-        dist / 'fonts',
-        site / 'site_libs' / 'katex' / 'fonts',
-        ignore=shutil.ignore_patterns('*.ttf', '*.woff'),
-    )
+    other = shutil.ignore_patterns('*.ttf', '*.woff')
+    shutil.copytree(dist / 'fonts', site / 'site_libs' / 'katex' / 'fonts', ignore=other)
+    web_font = re.compile(r'@import\s*url\(["\']?https://fonts\.googleapis\.com[^)]*\);?')
+    other_font = re.compile(r',url\(fonts/[\w-]+\.(?:woff|ttf)\) format\("\w+"\)')
     for css in site.rglob('*.css'):
-        text = css.read_text(encoding='utf-8')
-        local = re.sub(r'@import\s*url\(["\']?https://fonts\.googleapis\.com[^)]*\);?', '', text)
-        if css.name == 'katex.min.css':
-            local = re.sub(r',url\(fonts/[\w-]+\.(?:woff|ttf)\) format\("\w+"\)', '', local)
-        if local != text:
-            css.write_text(local, encoding='utf-8')
+        text = web_font.sub('', css.read_text(encoding='utf-8'))
+        text = other_font.sub('', text) if css.name == 'katex.min.css' else text
+        css.write_text(text, encoding='utf-8')
 
 
 def unlink(site):
-    "nbdev links every name in backticks; where a name has no entry of its own, link its class's, or leave it plain."
-    ids = {
-        path: set(re.findall(r'\bid="([^"]+)"', path.read_text(encoding='utf-8')))
-        for path in site.rglob('*.html')
-    }
-    for path in ids:
+    "nbdev links every name in backticks: one without an entry gets its class's, or stays plain."
+    pages = {path: path.read_text(encoding='utf-8') for path in site.rglob('*.html')}
+    ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
+    named = re.compile(r'<a href="([^":#]*)#([^"]+)">(<code>[^<]*</code>)</a>')
 
-        def link(m):
-            target = ids.get((path.parent / unquote(m[1])).resolve() if m[1] else path)
-            if target is None or m[2] in target:
-                return m[0]
-            owner = m[2].rpartition('.')[0]
-            return f'<a href="{m[1]}#{owner}">{m[3]}</a>' if owner in target else m[3]
+    def link(path, m):
+        target = ids.get((path.parent / unquote(m[1])).resolve() if m[1] else path)
+        if target is None or m[2] in target:
+            return m[0]
+        owner = m[2].rpartition('.')[0]
+        return f'<a href="{m[1]}#{owner}">{m[3]}</a>' if owner in target else m[3]
 
-        text = path.read_text(encoding='utf-8')
-        path.write_text(
-            re.sub(r'<a href="([^":#]*)#([^"]+)">(<code>[^<]*</code>)</a>', link, text),
-            encoding='utf-8',
-        )
+    for path, text in pages.items():
+        text = named.sub(functools.partial(link, path), text)
+        path.write_text(text, encoding='utf-8')
+
+
+# ---------------------------------------------------------------- what is wrong with a site
+
+LOADING = 'script', 'img', 'iframe', 'source', 'video', 'audio', 'embed'
+STYLE_URL = re.compile(r'(?:@import\s+|url\()["\']?((?:https?:)?//[^"\')\s]+)')
 
 
 class Links(HTMLParser):
@@ -292,43 +306,41 @@ class Links(HTMLParser):
             self.links.append(attrs['href'])
         if tag == 'link' and attrs.get('rel') in ('stylesheet', 'icon', 'preload', 'modulepreload'):
             self.loads.append(attrs.get('href', ''))
-        if tag in ('script', 'img', 'iframe', 'source', 'video', 'audio', 'embed') and attrs.get(
-            'src'
-        ):
+        if tag in LOADING and attrs.get('src'):
             self.loads.append(attrs['src'])
 
 
+def broken_link(path, url, pages):
+    "What is wrong with a link to `url` on the page at `path`, or None."
+    parts = urlsplit(url)
+    if parts.scheme or parts.netloc:
+        return None
+    target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+    if target.is_dir():
+        target = target / 'index.html'
+    if not target.exists():
+        return f'links to {url}, which does not exist'
+    if target not in pages or not parts.fragment or unquote(parts.fragment) in pages[target].ids:
+        return None
+    return f'links to {url}, but that page has no such anchor'
+
+
 def check(site):
-    "What is wrong with a built site: links and anchors that lead nowhere, and things fetched from other hosts."
+    "What is wrong with a built site: links that lead nowhere, and things fetched from other hosts."
     site, pages, problems = Path(site).resolve(), {}, []
     for path in sorted(site.rglob('*.html')):
         pages[path] = Links()
         pages[path].feed(path.read_text(encoding='utf-8'))
     for path, page in pages.items():
         name = path.relative_to(site)
-        for url in page.loads:
-            if re.match(r'(?i)(https?:)?//', url):
-                problems.append(f'{name} loads {url}')
+        away = [url for url in page.loads if re.match(r'(?i)(https?:)?//', url)]
+        problems += [f'{name} loads {url}' for url in away]
         for url in dict.fromkeys(page.loads + page.links):
-            parts = urlsplit(url)
-            if parts.scheme or parts.netloc:
-                continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if target.is_dir():
-                target = target / 'index.html'
-            if not target.exists():
-                problems.append(f'{name} links to {url}, which does not exist')
-            elif (
-                target in pages
-                and parts.fragment
-                and unquote(parts.fragment) not in pages[target].ids
-            ):
-                problems.append(f'{name} links to {url}, but that page has no such anchor')
+            if wrong := broken_link(path, url, pages):
+                problems.append(f'{name} {wrong}')
     for css in site.rglob('*.css'):
-        for url in re.findall(
-            r'(?:@import\s+|url\()["\']?((?:https?:)?//[^"\')\s]+)', css.read_text(encoding='utf-8')
-        ):
-            problems.append(f'{css.relative_to(site)} loads {url}')
+        name, away = css.relative_to(site), STYLE_URL.findall(css.read_text(encoding='utf-8'))
+        problems += [f'{name} loads {url}' for url in away]
     return problems
 
 
@@ -336,27 +348,22 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--out', type=Path, default=ROOT / '_docs', help='where the site goes (default _docs)'
-    )
+    place = ROOT / '_docs'
+    parser.add_argument('--out', type=Path, default=place, help='where it goes (default _docs)')
     parser.add_argument('--sidebar', action='store_true', help='only rewrite nbs/sidebar.yml')
     args = parser.parse_args()
     if args.sidebar:
-        return (ROOT / 'nbs' / 'sidebar.yml').write_text(
-            sidebar(ROOT / 'nbs'), encoding='utf-8'
-        ) and None
+        write_file(ROOT / 'nbs' / 'sidebar.yml', sidebar(ROOT / 'nbs'))
+        return
     if sys.version_info < (3, 11):
-        sys.exit(
-            'build_docs: the site needs Python 3.11 or later (smalldocs does); the course itself runs on 3.10'
-        )
+        mend = 'Python 3.11 or later (smalldocs does); the course itself runs on 3.10'
+        sys.exit(f'build_docs: the site needs {mend}')
     site, problems = render(args.out.resolve())
     for problem in problems:
         print(f'build_docs: {problem}', file=sys.stderr)
     size = sum(p.stat().st_size for p in args.out.rglob('*') if p.is_file())
-    print(
-        f'{len(site.pages)} pages, {size / 1e6:.1f} MB in {args.out}'
-        + (f'; {len(problems)} problems' if problems else '')
-    )
+    wrong = f'; {len(problems)} problems' if problems else ''
+    print(f'{len(site.pages)} pages, {size / 1e6:.1f} MB in {args.out}{wrong}')
     sys.exit(bool(problems))
 
 

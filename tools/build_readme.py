@@ -1,18 +1,24 @@
 """Write README.md from nbs/index.ipynb, so that the two never differ.
 
-    python tools/build_readme.py           write README.md (and README_files/ if the index shows figures)
+    python tools/build_readme.py           write README.md (and README_files/ for figures)
     python tools/build_readme.py --check   write nothing; exit 1 if they are out of date
 
-Hidden and exported cells are left out, outputs are kept, and links are made right for a file in the repository's root.
+Hidden and exported cells are left out, outputs are kept, and links are made right for a file in the
+repository's root.
 """
 
-import argparse, base64, json, re, sys
-from pathlib import Path
+import argparse
+import base64
+import json
+import re
+import sys
 
-ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = re.compile(
-    r'^#\|\s*(hide|export|exports|exporti|default_exp)\b|^#\|\s*include:\s*false', re.M
-)
+from cells import ROOT, directives
+
+sys.path.insert(0, str(ROOT))
+from transformer_course.files import write_file
+
+HIDDEN = {'hide', 'export', 'exports', 'exporti', 'default_exp'}
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 ANSI = re.compile(r'\x1b\[[\d;]*m')
 
@@ -35,10 +41,14 @@ def relink(text):
 
 def outside_code(text, change):
     "Apply `change` to Markdown, but not inside fenced code."
-    return ''.join(
-        part if part.startswith('```') else change(part)
-        for part in re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S)
-    )
+    parts = re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M | re.S)
+    return ''.join(part if part.startswith('```') else change(part) for part in parts)
+
+
+def hidden(source):
+    "True for a cell that readers do not see."
+    known = directives(source)
+    return bool(HIDDEN & known.keys()) or known.get('include') == 'false'
 
 
 def output(out, files):
@@ -47,10 +57,7 @@ def output(out, files):
         return f"```\n{ANSI.sub('', ''.join(out['text'])).rstrip()}\n```"
     if out['output_type'] == 'error':
         raise SystemExit('build_readme: nbs/index.ipynb holds an error; execute it first')
-    data = {
-        kind: ''.join(value) if isinstance(value, list) else value
-        for kind, value in out['data'].items()
-    }
+    data = {kind: ''.join(value) for kind, value in out['data'].items()}
     for kind, ending in (('image/svg+xml', 'svg'), ('image/png', 'png')):
         if kind in data:
             name = f'README_files/figure-{len(files) + 1}.{ending}'
@@ -69,49 +76,45 @@ def readme(nb):
         source = ''.join(cell['source']).strip()
         if cell['cell_type'] == 'markdown':
             parts.append(outside_code(source, relink))
-        if cell['cell_type'] != 'code' or HIDDEN.search(source):
+        if cell['cell_type'] != 'code' or hidden(source):
             continue
         code = DIRECTIVE.sub('', source).strip()
-        if code and not re.search(r'^#\|\s*echo:\s*false', source, re.M):
+        if code and directives(source).get('echo') != 'false':
             parts.append(f'```python\n{code}\n```')
         parts += [output(o, files) for o in cell['outputs']]
     return '\n\n'.join(p for p in parts if p) + '\n', files
+
+
+def out_of_date(wanted):
+    "The names of files that are not what they should be, and of pictures that should not be there."
+    differs = lambda name: not (ROOT / name).exists() or (ROOT / name).read_bytes() != wanted[name]
+    present = {f'README_files/{p.name}' for p in (ROOT / 'README_files').glob('figure-*')}
+    return sorted(filter(differs, wanted)), sorted(present - set(wanted))
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--check', action='store_true', help='write nothing; exit 1 if README.md is out of date'
-    )
+    parser.add_argument('--check', action='store_true', help='write nothing, only compare')
     args = parser.parse_args()
     index = ROOT / 'nbs' / 'index.ipynb'
     if not index.exists():
         sys.exit('build_readme: there is no nbs/index.ipynb to make README.md from')
     text, files = readme(json.loads(index.read_text(encoding='utf-8')))
     wanted = {'README.md': text.encode(), **files}
-    present = {f'README_files/{p.name}' for p in (ROOT / 'README_files').glob('figure-*')}
-    stale = [
-        n
-        for n, data in wanted.items()
-        if not (ROOT / n).exists() or (ROOT / n).read_bytes() != data
-    ] + sorted(present - set(wanted))
+    stale, unwanted = out_of_date(wanted)
     if args.check:
-        if stale:
-            sys.exit(
-                f'build_readme: {", ".join(stale)} out of date; run `python tools/build_readme.py`'
-            )
+        if stale or unwanted:
+            names = ', '.join(stale + unwanted)
+            sys.exit(f'build_readme: {names} out of date; run `python tools/build_readme.py`')
         return
-    for name in present - set(wanted):
+    for name in unwanted:
         (ROOT / name).unlink()
-    for name in set(stale) & set(wanted):
-        (ROOT / name).parent.mkdir(exist_ok=True)
-        (ROOT / name).write_bytes(wanted[name])
-    print(
-        f'README.md: {len(text.splitlines())} lines, {len(files)} pictures'
-        + ('' if stale else ', unchanged')
-    )
+    for name in stale:
+        write_file(ROOT / name, wanted[name])
+    note = '' if stale or unwanted else ', unchanged'
+    print(f'README.md: {len(text.splitlines())} lines, {len(files)} pictures{note}')
 
 
 if __name__ == '__main__':

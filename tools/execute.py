@@ -3,51 +3,41 @@
     python tools/execute.py                          every notebook: chapters, support, index last
     python tools/execute.py nbs/03_attention.ipynb   only these
     python tools/execute.py --check ...              run, report, write nothing
-    python tools/execute.py --record ...             chapters also write results/claims/<chapter>.jsonl, with a stamp of their code
-    python tools/execute.py --flags slow ...         run cells marked `#| slow` too (they keep their outputs otherwise)
+    python tools/execute.py --record ...             also write their records, with a stamp
+    python tools/execute.py --flags slow ...         also run the cells marked `#| slow`
 
-Runs what `nbdev_test` runs: the same working folder (the notebook's own) and the same cells left out
-(`#| slow`, `#| cuda`, `#| eval: false`, the final `nbdev_export()`). A cell left out keeps the outputs it has.
+Runs what `nbdev_test` runs: in the notebook's own folder, without the cells marked `#| slow`,
+`#| cuda` or `#| eval: false`. A cell left out keeps the outputs it has.
 """
 
-import argparse, asyncio, json, os, re, sys, tempfile, time
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from cells import ROOT, notebook_paths, skips
+from stamps import keeps_records, stamp
+
+sys.path.insert(0, str(ROOT))
+from transformer_course.files import write_file
+
 KERNELSPEC = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
+MACHINE = re.compile(r'(?:/home/|/root/|/Users/|/tmp/|/work/)[\w./-]*')
 os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 
 
-def notebooks():
-    "All notebooks of the course, in the order in which they are best executed: chapters, support, and the pages made from records."
-    found = [
-        p
-        for p in (ROOT / 'nbs').rglob('*.ipynb')
-        if not any(part[0] in '._' for part in p.relative_to(ROOT).parts)
-    ]
-    return sorted(
-        found,
-        key=lambda p: (
-            p in (ROOT / 'nbs' / 'index.ipynb', ROOT / 'nbs' / 'ledger.ipynb'),
-            p.parent.name == 'support',
-            p.name,
-        ),
-    )
+def in_order():
+    "All notebooks as they are best executed: chapters, support, and the pages made from records."
+    pages = ROOT / 'nbs' / 'index.ipynb', ROOT / 'nbs' / 'ledger.ipynb'
+    return sorted(notebook_paths(), key=lambda p: (p in pages, p.parent.name == 'support', p.name))
 
 
-def skips(source, flags, force):
-    "True if `nbdev_test` would not run a cell with this source."
-    from execnb.nbio import NbCell
-    from nbdev.process import extract_directives
-
-    if 'nbdev_export' + '(' in source:
-        return True
-    directives = extract_directives(
-        NbCell(0, {'cell_type': 'code', 'source': source}), remove=False
-    )
-    if directives.get('eval:', [''])[0].lower() == 'false':
-        return True
-    return bool((set(flags) - set(force)) & directives.keys())
+# ---------------------------------------------------------------- outputs as they are kept
 
 
 def overwrite(text):
@@ -61,26 +51,26 @@ def overwrite(text):
     return '\n'.join(lines)
 
 
+def is_stream(out):
+    return out.get('output_type') == 'stream'
+
+
 def tidy(outputs):
-    "Outputs with consecutive streams merged, carriage returns resolved, and empty streams and metadata dropped."
+    "Outputs with streams merged, carriage returns resolved; empty streams and metadata dropped."
     kept = []
     for out in outputs:
         out.pop('transient', None)
         if out.get('output_type') in ('display_data', 'execute_result'):
             out['metadata'] = {}
-        if (
-            out.get('output_type') == 'stream'
-            and kept
-            and kept[-1].get('output_type') == 'stream'
-            and kept[-1]['name'] == out['name']
-        ):
+        goes_on = kept and is_stream(out) and is_stream(kept[-1])
+        if goes_on and kept[-1]['name'] == out['name']:
             kept[-1]['text'] += out['text']
         else:
             kept.append(out)
     for out in kept:
-        if out.get('output_type') == 'stream':
+        if is_stream(out):
             out['text'] = overwrite(out['text'])
-    return [o for o in kept if o.get('output_type') != 'stream' or o['text'].strip()]
+    return [out for out in kept if not is_stream(out) or out['text'].strip()]
 
 
 def cleaned(nb):
@@ -95,6 +85,21 @@ def cleaned(nb):
     return nb2str(raw)
 
 
+def complaints(nb):
+    "What a reader should not see in the outputs: warnings on stderr, machine paths."
+    for i, cell in enumerate(nb.cells):
+        for out in cell.get('outputs', []):
+            data = {k: v for k, v in out.get('data', {}).items() if not k.startswith('image/')}
+            text = json.dumps([out.get('text'), data, out.get('traceback')])
+            if out.get('name') == 'stderr':
+                yield f'cell {i} writes to stderr: {out["text"].strip().splitlines()[-1][:100]}'
+            for path in MACHINE.findall(text):
+                yield f'cell {i} shows a machine path: {path}'
+
+
+# ---------------------------------------------------------------- a kernel
+
+
 def environment(record):
     "The kernel's environment: no progress bars, no test mode, records only when asked for."
     env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'TRANSFORMER_COURSE_RECORD')}
@@ -104,48 +109,27 @@ def environment(record):
     return env
 
 
-def stamped(path):
-    "Stamp the records of a notebook that has just run and been written; False if its outputs do not agree with them."
-    import records
-
-    found = records.stamp(ROOT, [path.stem], fresh=True)
-    for problem in found:
-        print(f'  records: {problem}', file=sys.stderr, flush=True)
-    return not found
-
-
 def kernel_client(nb, folder, timeout):
     "A client whose kernel is this very Python, whatever kernels the user has installed."
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
     manager = AsyncKernelManager(kernel_name='python3')
-    manager.kernel_spec.argv = [
-        sys.executable,
-        '-m',
-        'ipykernel_launcher',
-        '-f',
-        '{connection_file}',
-        '--log-level=ERROR',
-    ]
-    return NotebookClient(
-        nb,
-        km=manager,
-        timeout=timeout,
-        startup_timeout=600,
-        record_timing=False,
-        resources={'metadata': {'path': str(folder)}},
-    )
+    start = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    manager.kernel_spec.argv = [*start, '--log-level=ERROR']
+    patience = dict(timeout=timeout, startup_timeout=600, record_timing=False)
+    where = {'metadata': {'path': str(folder)}}
+    return NotebookClient(nb, km=manager, resources=where, **patience)
 
 
-async def run_cells(client, nb, skip, env):
-    "Execute the cells of `nb` that `skip` does not name; (index, message) of a failure or None, and the CPU seconds used."
+async def run_cells(client, nb, run, env):
+    "Execute the cells of `nb`, those flagged `run` too: a failed cell or None, and CPU seconds."
     import psutil
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     async with client.async_setup_kernel(env=env):
         for i, cell in enumerate(nb.cells):
-            if cell.cell_type != 'code' or not cell.source.strip() or skip(cell.source):
+            if cell.cell_type != 'code' or not cell.source.strip() or skips(cell.source, run):
                 continue
             try:
                 await client.async_execute_cell(cell, i)
@@ -155,42 +139,40 @@ async def run_cells(client, nb, skip, env):
         return None, sum(psutil.Process(client.km.provisioner.process.pid).cpu_times()[:4])
 
 
-def complaints(nb):
-    "What a reader should not see in the outputs: warnings on stderr, machine paths."
-    for i, cell in enumerate(nb.cells):
-        for out in cell.get('outputs', []):
-            data = {k: v for k, v in out.get('data', {}).items() if not k.startswith('image/')}
-            text = json.dumps([out.get('text'), data, out.get('traceback')])
-            if out.get('name') == 'stderr':
-                yield f'cell {i} writes to stderr: {out["text"].strip().splitlines()[-1][:100]}'
-            for path in re.findall(r'(?:/home/|/root/|/Users/|/tmp/|/work/)[\w./-]*', text):
-                yield f'cell {i} shows a machine path: {path}'
+# ---------------------------------------------------------------- one notebook
 
 
-def execute(path, args, flags):
+def tell_failure(nb, name, failure):
+    "Say on stderr which cell failed, and how."
+    i, message = failure
+    if not sys.stderr.isatty():
+        message = re.sub(r'\x1b\[[\d;]*m', '', message)
+    code = sum(c.cell_type == 'code' for c in nb.cells[: i + 1])
+    which = f'cell {i} (code cell {code}, id {nb.cells[i].get("id", "-")})'
+    told = f'\n{name}: {which} failed; the file is left as it was.\n{message}'
+    print(told, file=sys.stderr, flush=True)
+
+
+def stamped(path):
+    "Stamp the records of a notebook that has just run; False if its outputs disagree with them."
+    found = stamp(ROOT, [path.stem], fresh=True)
+    for problem in found:
+        print(f'  records: {problem}', file=sys.stderr, flush=True)
+    return not found
+
+
+def execute(path, args):
     "Run one notebook; True if it ran to the end (and, unless `--check`, is written)."
     import nbformat
-    from records import keeps_records
 
-    before = path.read_text(encoding='utf-8')
+    before, start, name = path.read_text(encoding='utf-8'), time.time(), path.relative_to(ROOT)
     nb = nbformat.reads(before, as_version=4)
-    start = time.time()
     client = kernel_client(nb, path.parent, args.timeout)
     record = args.record and not args.check and keeps_records(path.stem, nb.cells)
-    failure, cpu = asyncio.run(
-        run_cells(client, nb, lambda s: skips(s, flags, args.flags.split()), environment(record))
-    )
-    name = path.relative_to(ROOT)
+    work = run_cells(client, nb, args.flags.split(), environment(record))
+    failure, cpu = asyncio.run(work)
     if failure:
-        i, message = failure
-        if not sys.stderr.isatty():
-            message = re.sub(r'\x1b\[[\d;]*m', '', message)
-        code = sum(c.cell_type == 'code' for c in nb.cells[: i + 1])
-        print(
-            f'\n{name}: cell {i} (code cell {code}, id {nb.cells[i].get("id", "-")}) failed; the file is left as it was.\n{message}',
-            file=sys.stderr,
-            flush=True,
-        )
+        tell_failure(nb, name, failure)
         return False
     text = cleaned(nb)
     note = f'{len(text.encode()) / 1e3:.0f} kB'
@@ -199,47 +181,41 @@ def execute(path, args, flags):
     elif path.read_text(encoding='utf-8') != before:
         print(f'{name}: changed on disk while it ran; run it again.', file=sys.stderr)
         return False
-    elif text != before:
-        with tempfile.NamedTemporaryFile(
-            'w', encoding='utf-8', dir=path.parent, suffix='.tmp', delete=False
-        ) as f:
-            f.write(text)
-        os.chmod(f.name, path.stat().st_mode & 0o777)
-        os.replace(f.name, path)
-    else:
+    elif text == before:
         note += ', unchanged'
+    else:
+        write_file(path, text)
     print(f'{name}: {time.time() - start:.1f} s, CPU {cpu:.1f} s, {note}', flush=True)
     for line in complaints(nb):
         print(f'  warning: {line}', flush=True)
     return stamped(path) if record else True
 
 
-def main():
+def arguments():
+    "What the command line asks for."
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all')
     parser.add_argument('--check', action='store_true', help='write nothing')
-    parser.add_argument(
-        '--record', action='store_true', help='write results/claims/<chapter>.jsonl'
-    )
-    parser.add_argument(
-        '--flags', default='', help='space separated cell flags to run as well, e.g. "slow"'
-    )
+    parser.add_argument('--record', action='store_true', help='also write the records')
+    parser.add_argument('--flags', default='', help='cell flags to run as well, e.g. "slow"')
     parser.add_argument('--timeout', type=int, default=900, help='seconds a cell may take')
     args = parser.parse_args()
-    paths = [p.resolve() for p in args.notebooks] or notebooks()
-    for p in paths:
-        if not p.is_file():
-            parser.error(f'no such notebook: {p}')
-    os.chdir(ROOT)
-    from nbdev.config import get_config
+    for path in args.notebooks:
+        if not path.is_file():
+            parser.error(f'no such notebook: {path}')
+    return args
 
-    flags = get_config().tst_flags.split()
+
+def main():
+    args = arguments()
+    paths = [p.resolve() for p in args.notebooks] or in_order()
+    os.chdir(ROOT)
     start = time.time()
     with tempfile.TemporaryDirectory() as ipython:
         os.environ['IPYTHONDIR'] = ipython
-        good = [execute(p, args, flags) for p in paths]
+        good = [execute(p, args) for p in paths]
     if len(paths) > 1:
         print(f'{sum(good)} of {len(paths)} notebooks ran, {time.time() - start:.0f} s')
     sys.exit(not all(good))

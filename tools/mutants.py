@@ -13,6 +13,7 @@ is caught as well. Exit code 1 if one survives.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,13 +55,13 @@ def commands(tests):
 
 
 def passes(folder, tests):
-    "True if the tests pass with the package that lies in `folder`."
+    "True if the tests pass in this copy of the repository."
     env = dict(os.environ, PYTHONPATH=str(folder), OMP_NUM_THREADS='1', IN_TEST='1')
     env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     for command in commands(tests):
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, timeout=LIMIT, **quiet)
+            done = subprocess.run(command, cwd=folder, env=env, timeout=LIMIT, **quiet)
         except subprocess.TimeoutExpired:
             return False
         if done.returncode:
@@ -68,17 +69,32 @@ def passes(folder, tests):
     return True
 
 
+def break_notebook(folder, mutant):
+    "The same change where it comes from: a notebook tests the definitions that its own cells make."
+    home = re.compile(rf'^#\|\s*default_exp\s+{re.escape(mutant["module"])}\s*$', re.M)
+    for path in Path(folder, 'nbs').rglob('*.ipynb'):
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        sources = [''.join(cell['source']) for cell in nb['cells']]
+        if not any(home.search(source) for source in sources):
+            continue
+        for cell, source in zip(nb['cells'], sources):
+            if source.startswith('#| export'):
+                cell['source'] = source.replace(mutant['old'], mutant['new'])
+        path.write_text(json.dumps(nb), encoding='utf-8')
+
+
 def survives(mutant):
     "True if the tests pass although the library is broken."
     with tempfile.TemporaryDirectory(prefix='course-mutant-') as folder:
-        ignore = shutil.ignore_patterns('__pycache__')
+        tree = Path(folder, 'course')  # a copy of everything: tests find the package beside them
         shutil.copytree(
-            ROOT / 'transformer_course', Path(folder, 'transformer_course'), ignore=ignore
+            ROOT, tree, ignore=shutil.ignore_patterns('__pycache__', '.*', 'node_modules')
         )
-        path = source_of(folder, mutant)
+        path = source_of(tree, mutant)
         text = path.read_text(encoding='utf-8').replace(mutant['old'], mutant['new'])
         path.write_text(text, encoding='utf-8')
-        return passes(folder, mutant['tests'])
+        break_notebook(tree, mutant)
+        return passes(tree, mutant['tests'])
 
 
 def report(mutant, alive):

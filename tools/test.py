@@ -1,7 +1,7 @@
-"""The course's tests, in the order in which they fail fastest. This is the command that the README names.
+"""The course's tests, in the order in which they fail fastest: the command that the README names.
 
     python tools/test.py                 everything
-    python tools/test.py sync            only: notebooks are clean, modules and README.md and sidebar match them
+    python tools/test.py sync            only: notebooks clean; modules, README.md, sidebar in step
     python tools/test.py notebooks       only: every notebook runs (nbdev_test)
     python tools/test.py pytest          only: the tests in tests/
 
@@ -9,15 +9,24 @@ Stops at the first stage that fails and exits with its exit code. Writes nothing
 REQUIRE_BROWSER=1 makes the tests that need a browser fail instead of skip where there is none.
 """
 
-import argparse, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from cells import ROOT
+
 WORKERS = 2  # notebooks at a time
 LIMIT = 30 * 60  # seconds for all notebooks: nbdev_test has no limit of its own
 BUDGET = 120  # seconds for one notebook
 BEGAN = time.time()
-sys.path.insert(0, str(ROOT / 'tools'))
 
 
 def environment(**extra):
@@ -27,20 +36,14 @@ def environment(**extra):
     return {**env, 'PATH': bin_path + os.pathsep + env.get('PATH', ''), **extra}
 
 
+PIPES = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+TEXT = dict(text=True, encoding='utf-8', errors='replace')
+
+
 def run(command, limit=None, **kw):
-    "Run a command to its end, or kill it and its children after `limit` seconds; (exit code, what it printed)."
+    "Run a command, at most `limit` seconds, with its children; (exit code, what it printed)."
     lines, late = [], []
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding='utf-8',
-        errors='replace',
-        start_new_session=True,
-        **kw,
-    )
+    process = subprocess.Popen(command, start_new_session=True, **PIPES, **TEXT, **kw)
 
     def stop():
         late.append(f'timed out after {limit} s')
@@ -78,50 +81,51 @@ def files(folder, *patterns):
     }
 
 
+GENERATED = 'nbs/**/*.ipynb', 'transformer_course/**/*.py'
+
+
+def regenerated(tmp):
+    "Clean and export the notebooks in a copy at `tmp`; what is wrong if that changes anything."
+    before = files(ROOT, *GENERATED)
+    others = files(ROOT, 'settings.ini', 'setup.py', 'pyproject.toml')
+    for name, data in {**before, **others}.items():
+        (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp / name).write_bytes(data)
+    for command in ('nbdev_clean', 'nbdev_export'):
+        code, _ = run([command], cwd=tmp, env=environment(PYTHONPATH=str(tmp)))
+        if code:
+            return f'{command} failed'
+        after = files(tmp, *GENERATED)
+        changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+        if changed:
+            names = ', '.join(sorted(changed))
+            return f'{command} changes {names}: run `{command}` and commit what it writes'
+    return None
+
+
+def pages_made():
+    "Whether README.md and the sidebar are what the notebooks make of them; if not, the mend."
+    import build_docs
+    import build_readme
+
+    nbs = ROOT / 'nbs'
+    index = json.loads((nbs / 'index.ipynb').read_text(encoding='utf-8'))
+    text, pictures = build_readme.readme(index)
+    stale, _ = build_readme.out_of_date({'README.md': text.encode(), **pictures})
+    if stale:
+        return f'{stale[0]} is not what nbs/index.ipynb makes: run `python tools/build_readme.py`'
+    if (nbs / 'sidebar.yml').read_text(encoding='utf-8') != build_docs.sidebar(nbs):
+        mend = 'run `python tools/build_docs.py --sidebar`'
+        return f'nbs/sidebar.yml does not list the notebooks there are: {mend}'
+    return None
+
+
 def sync():
     "Notebooks are clean; modules, README.md and the sidebar are what the notebooks make them."
-    import build_docs, build_readme, json
-
-    patterns = ('nbs/**/*.ipynb', 'transformer_course/**/*.py')
-    before = files(ROOT, *patterns)
     with tempfile.TemporaryDirectory(prefix='course-sync-') as tmp:
-        tmp = Path(tmp)
-        for name in before:
-            (tmp / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp / name).write_bytes(before[name])
-        for name in ('settings.ini', 'setup.py', 'pyproject.toml'):
-            shutil.copy(ROOT / name, tmp / name)
-        env = environment(PYTHONPATH=str(tmp))
-        for command in ('nbdev_clean', 'nbdev_export'):
-            code, _ = run([command], cwd=tmp, env=env)
-            if code:
-                return code
-            after = files(tmp, *patterns)
-            changed = sorted(
-                n for n in before.keys() | after.keys() if before.get(n) != after.get(n)
-            )
-            if changed:
-                print(
-                    f'{command} changes {", ".join(changed)}: run `{command}` and commit what it writes'
-                )
-                return 1
-    index = ROOT / 'nbs' / 'index.ipynb'
-    text, pictures = build_readme.readme(json.loads(index.read_text(encoding='utf-8')))
-    for name, data in {'README.md': text.encode(), **pictures}.items():
-        if not (ROOT / name).exists() or (ROOT / name).read_bytes() != data:
-            print(f'{name} is not what nbs/index.ipynb makes: run `python tools/build_readme.py`')
-            return 1
-    if (ROOT / 'nbs' / 'sidebar.yml').read_text(encoding='utf-8') != build_docs.sidebar(
-        ROOT / 'nbs'
-    ):
-        print(
-            'nbs/sidebar.yml does not list the notebooks there are: run `python tools/build_docs.py --sidebar`'
-        )
-        return 1
-    print(
-        f'{sum(n.endswith(".ipynb") for n in before)} notebooks clean; modules, README.md and sidebar in sync'
-    )
-    return 0
+        wrong = regenerated(Path(tmp)) or pages_made()
+    print(wrong or 'notebooks clean; modules, README.md and sidebar in sync')
+    return int(bool(wrong))
 
 
 def notebooks():
@@ -134,19 +138,11 @@ def notebooks():
         TRANSFORMER_COURSE_PROGRESS='0',
         PYTHONUNBUFFERED='1',
     )
-    code, printed = run(
-        ['nbdev_test', '--n_workers', str(WORKERS), '--timing', '--do_print'],
-        limit=LIMIT,
-        cwd=ROOT,
-        env=env,
-    )
-    slow = [
-        (n, int(s))
-        for n, s in re.findall(r'^(\S+\.ipynb): (\d+) secs$', printed, re.M)
-        if int(s) > BUDGET
-    ]
-    for name, seconds in slow:
-        print(f'over budget: {name} took {seconds} s, its budget is {BUDGET} s')
+    command = ['nbdev_test', '--n_workers', str(WORKERS), '--timing', '--do_print']
+    code, printed = run(command, limit=LIMIT, cwd=ROOT, env=env)
+    for name, seconds in re.findall(r'^(\S+\.ipynb): (\d+) secs$', printed, re.M):
+        if int(seconds) > BUDGET:
+            print(f'over budget: {name} took {seconds} s, its budget is {BUDGET} s')
     if not code and 'Success.' not in printed:
         code = 1
     return code
@@ -154,17 +150,16 @@ def notebooks():
 
 def tests():
     "What cannot live in a notebook: the command, the site and JupyterLab in a browser, the wheel."
-    return run(
-        [sys.executable, '-m', 'pytest'], cwd=ROOT, env=environment(COURSE_TESTS_BEGAN=str(BEGAN))
-    )[0]
+    env = environment(COURSE_TESTS_BEGAN=str(BEGAN))
+    return run([sys.executable, '-m', 'pytest'], cwd=ROOT, env=env)[0]
 
 
 def tree():
     "What git sees as changed, or None outside a repository."
+    command = ['git', 'status', '--porcelain']
     try:
-        return subprocess.run(
-            ['git', 'status', '--porcelain'], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -184,10 +179,8 @@ def main():
         begun = time.time()
         code = STAGES[name]()
         if code or name != 'pytest':
-            print(
-                f'== {name}: {"failed" if code else "passed"} in {time.time() - begun:.0f} s',
-                flush=True,
-            )
+            how = 'failed' if code else 'passed'
+            print(f'== {name}: {how} in {time.time() - begun:.0f} s', flush=True)
         if code:
             sys.exit(code)
     if before is not None and tree() != before:

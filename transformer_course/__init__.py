@@ -1,5 +1,5 @@
-"""The Transformer, from a bigram counter to a GPT: `from transformer_course import GPT, train, generate`."""
-__version__ = "0.1.0"
+"""The Transformer, from a bigram to a GPT: `from transformer_course import GPT, train`."""
+__version__ = "0.2.0"
 
 from importlib import import_module as _import_module
 

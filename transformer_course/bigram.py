@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plots import progress
+from .progress import progress
 
 # %% ../nbs/01_bigram.ipynb #1213da6a
 def bigram_counts(
@@ -25,7 +25,8 @@ def bigram_counts(
         raise ValueError(f'ids has shape {tuple(ids.shape)}: give one long sequence, shape (N,)')
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(
-            f'ids runs from {ids.min()} to {ids.max()}, but vocab_size={vocab_size} allows 0 to {vocab_size - 1}: use the tokenizer that made the ids'
+            f'ids runs from {ids.min()} to {ids.max()}, but vocab_size={vocab_size} allows '
+            f'0 to {vocab_size - 1}: use the tokenizer that made the ids'
         )
     pairs = ids[:-1] * vocab_size + ids[1:]  # (N-1,): a pair (a, b) as the single number a*V + b
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
@@ -41,7 +42,7 @@ def cross_entropy(
     "Mean negative log-probability of `targets`, as `torch.nn.functional.cross_entropy` has it."
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f'targets has shape {tuple(targets.shape)}, but logits has shape {tuple(logits.shape)}: '
+            f'targets has shape {tuple(targets.shape)}, but logits {tuple(logits.shape)}: '
             'targets must have the shape of logits without its last axis'
         )
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
@@ -63,9 +64,7 @@ class BigramLanguageModel(nn.Module):
         super().__init__()
         self.config = dict(vocab_size=vocab_size)  # what a checkpoint needs to make it again
         self.table = nn.Embedding(vocab_size, vocab_size)
-        nn.init.zeros_(
-            self.table.weight
-        )  # every next token equally likely: the loss starts at exactly ln V
+        nn.init.zeros_(self.table.weight)  # all equally likely: the loss starts at exactly ln V
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits = self.table(idx)  # (B, T) -> (B, T, V)
@@ -79,7 +78,7 @@ def fit(
     lr: float = 1e-3,  # AdamW's step size
     optimizer: torch.optim.Optimizer | None = None,  # instead of AdamW
 ) -> list[float]:  # the loss before each update, nats
-    "The training loop in five lines: loss, forget the old gradients, compute new ones, step, again."
+    "The training loop: loss, forget the old gradients, compute new ones, step, again."
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
     for _ in progress(range(steps), desc='fit'):

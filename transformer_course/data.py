@@ -12,32 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_data.ipynb #af58de9b
-def _read_chars(
-    path: str | Path,  # what `CharTokenizer.save` wrote
-) -> str:  # the vocabulary
-    "The characters in a saved tokenizer's file."
-    try:
-        saved = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError:
-        saved = None
-    if (
-        not isinstance(saved, dict)
-        or saved.get('kind') != 'char'
-        or not isinstance(saved.get('chars'), str)
-    ):
-        raise ValueError(
-            f'path={str(path)!r} is not a saved CharTokenizer: write one with tokenizer.save(path)'
-        )
-    return saved['chars']
+from .files import write_file
+from .vocabularies import id_list, read_saved
 
 # %% ../nbs/00_data.ipynb #f076b4ba
 class CharTokenizer:
-    "One token per distinct character: `encode` turns a string into ids, `decode` turns ids into a string."
+    "One token per distinct character: `encode` turns a string into ids, `decode` goes back."
 
-    def __init__(
-        self, chars: str
-    ):  # the vocabulary, each character once; a character's place is its id
+    def __init__(self, chars: str):  # each character once; a character's place is its id
         if not chars:
             raise ValueError("chars='' is empty: a tokenizer needs at least one character")
         if len(set(chars)) != len(chars):
@@ -45,9 +27,7 @@ class CharTokenizer:
         self.chars, self.stoi = chars, {c: i for i, c in enumerate(chars)}
 
     @classmethod
-    def train(
-        cls, text: str
-    ) -> 'CharTokenizer':  # the vocabulary is the sorted distinct characters of `text`
+    def train(cls, text: str) -> 'CharTokenizer':  # with the sorted distinct characters of `text`
         if not text:
             raise ValueError(
                 "text='' is empty: give at least one character to make a vocabulary from"
@@ -59,32 +39,23 @@ class CharTokenizer:
         return len(self.chars)
 
     def encode(self, text: str) -> list[int]:  # one id a character
-        if unknown := sorted(set(text) - self.stoi.keys()):
+        unknown = sorted(set(text) - self.stoi.keys())
+        if unknown:
             raise ValueError(
-                f'text has characters that are not in the vocabulary: {unknown[:5]}; remove them or train a tokenizer on text that has them'
+                f'text has characters that are not in the vocabulary: {unknown[:5]}; '
+                'remove them or train a tokenizer on text that has them'
             )
         return [self.stoi[c] for c in text]
 
     def decode(self, ids) -> str:  # a list of ids, or a tensor of shape (T,)
-        ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
-        if ids.dim() != 1:
-            raise ValueError(
-                f'ids has shape {tuple(ids.shape)}: decode one row at a time, shape (T,)'
-            )
-        if bad := [i for i in ids.tolist() if not 0 <= i < self.vocab_size]:
-            raise ValueError(
-                f'ids has {bad[0]}, but the vocabulary ends at {self.vocab_size - 1}: was it made by another tokenizer?'
-            )
-        return ''.join(self.chars[i] for i in ids.tolist())
+        return ''.join(self.chars[i] for i in id_list(ids, self.vocab_size))
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(
-            json.dumps({'kind': 'char', 'chars': self.chars}), encoding='utf-8'
-        )  # a small JSON file
+    def save(self, path: str | Path) -> None:  # a small JSON file
+        write_file(path, json.dumps({'kind': 'char', 'chars': self.chars}))
 
     @classmethod
-    def load(cls, path: str | Path) -> 'CharTokenizer':
-        return cls(_read_chars(path))  # what `save` wrote
+    def load(cls, path: str | Path) -> 'CharTokenizer':  # what `save` wrote
+        return read_saved(path, 'CharTokenizer', 'char', lambda saved: cls(saved['chars']))
 
 # %% ../nbs/00_data.ipynb #160b7a47
 def train_val_split(
@@ -106,11 +77,10 @@ def get_batch(
     data: Tensor,  # (N,) token ids
     batch_size: int,  # B, number of rows
     block_size: int,  # T, tokens in a row
-    generator: torch.Generator
-    | None = None,  # decides which rows; the same seed gives the same batch
+    generator: torch.Generator | None = None,  # decides which rows; same seed, same batch
     device: str | torch.device = 'cpu',  # where x and y are put
 ) -> tuple[Tensor, Tensor]:  # x (B, T) and y (B, T), y being x one token later
-    "Cut `batch_size` random windows out of `data`: x (B, T) and the targets y (B, T), shifted by one."
+    "Cut `batch_size` random windows out of `data`: x and the targets y, shifted by one."
     if not isinstance(data, Tensor):
         raise ValueError(
             f'data is a {type(data).__name__}: give a tensor of ids, torch.tensor(data)'
@@ -125,7 +95,8 @@ def get_batch(
         )
     if len(data) <= block_size:
         raise ValueError(
-            f'data has {len(data)} tokens, too few for block_size={block_size}: give a longer text or a block_size of at most {len(data) - 1}'
+            f'data has {len(data)} tokens, too few for block_size={block_size}: '
+            f'give a longer text or a block_size of at most {len(data) - 1}'
         )
     starts = torch.randint(len(data) - block_size, (batch_size, 1), generator=generator)
     places = starts + torch.arange(block_size)  # (B, 1) + (T,) -> (B, T)

@@ -7,14 +7,14 @@ __all__ = ['read_log', 'drop_from', 'LogFile', 'read_losses', 'notebook_display'
 
 # %% ../nbs/support/logs.ipynb #195f63fa
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .files import write_file
-from .plots import _shell, plot_losses
+from .plots import plot_losses
+from .progress import watched_notebook
 
 # %% ../nbs/support/logs.ipynb #42291a44
 def read_log(
@@ -88,8 +88,7 @@ def read_losses(
 # %% ../nbs/support/logs.ipynb #dedba47a
 def notebook_display() -> Callable | None:  # IPython's `display`
     "How to show something below the running cell; None where nobody would see it."
-    silent = os.environ.get('IN_TEST') or os.environ.get('TRANSFORMER_COURSE_PROGRESS') == '0'
-    if silent or getattr(_shell(), 'kernel', None) is None:
+    if not watched_notebook():
         return None
     from IPython.display import display
 

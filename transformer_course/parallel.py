@@ -24,6 +24,7 @@ from transformer_course.processes import (
     fresh_store,
     launched,
     own_device,
+    own_rows,
     use_loopback,
 )
 from .sharded import FullySharded
@@ -38,9 +39,8 @@ def global_batch(
     parallel: SingleProcess,  # which process this is, and of how many
 ) -> Batch:  # of this process's rows
     "A batch function for one process of several: all draw the same, each keeps its rows."
-    n = parallel.world_size
 
-    def own_rows(generator):
+    def own_part(generator):
         tensors = batch(generator)
         shapes = [tuple(t.shape) for t in tensors]
         if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
@@ -48,15 +48,10 @@ def global_batch(
                 f'batch returned tensors of the shapes {shapes}: the first axis of each must be '
                 'the rows of the batch, as many in all'
             )
-        rows = len(tensors[0])
-        if rows % n:
-            raise ValueError(
-                f'batch_size={rows} cannot be shared by {n} processes: '
-                f'make it a multiple, for example {max(1, rows // n) * n}'
-            )
-        return tuple(t[parallel.rank :: n] for t in tensors)
+        rows = own_rows(len(tensors[0]), parallel)
+        return tuple(t[rows] for t in tensors)
 
-    return own_rows
+    return own_part
 
 # %% ../nbs/support/parallel.ipynb #ff817c8b
 class FixedBuckets(nn.Module):

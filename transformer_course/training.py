@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bigram import count_targets
 from .checkpoint import load_model
 from .optim import OptimConfig, make_optimizers, set_step_sizes, step_sizes
-from .plots import progress
+from .progress import progress
 from transformer_course.strategy import (
     Precision,
     SingleProcess,

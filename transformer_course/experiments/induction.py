@@ -29,13 +29,12 @@ def repeated(
         raise ValueError(f'periods={periods} must be (shortest, longest), both at least 1')
     if distinct and high > vocab_size:
         raise ValueError(
-            f'periods={periods} asks for {high} distinct symbols out of vocab_size={vocab_size}: shorten the list or set distinct=False'
+            f'periods={periods} asks for {high} distinct symbols out of vocab_size={vocab_size}: '
+            'shorten the list or set distinct=False'
         )
     period = torch.randint(low, high + 1, (n,), generator=generator)
-    if distinct:
-        lists = torch.rand(n, vocab_size, generator=generator).argsort(
-            1
-        )  # (n, V), a shuffled alphabet each
+    if distinct:  # a shuffled alphabet each
+        lists = torch.rand(n, vocab_size, generator=generator).argsort(1)  # (n, V)
     else:
         lists = torch.randint(vocab_size, (n, high), generator=generator)  # (n, high)
     return lists.gather(1, torch.arange(length) % period[:, None]), period
@@ -74,27 +73,30 @@ def induction_by_hand(
     vocab_size: int,  # V
     block_size: int,  # T, the longest sequence
 ) -> GPT:
-    "Two attention layers, set by hand: each symbol seen before is followed by what came next last time."
+    "Two attention layers, set by hand: what came next last time, after each symbol seen before."
     V, T, C = vocab_size, block_size, 3 * vocab_size + block_size
-    model = attention_only(
-        GPTConfig(T, V, n_layer=2, n_head=1, n_embd=C, norm='none', bias=False, tie_weights=False)
-    )
+    shape = dict(block_size=T, vocab_size=V, n_layer=2, n_head=1, n_embd=C)
+    model = attention_only(GPTConfig(**shape, norm='none', bias=False, tie_weights=False))
     for p in model.parameters():
         p.zero_()
-    token, before, guess, place = torch.arange(C).split([V, V, V, T])
-    parts, (first, second) = model.transformer, model.transformer.h
-    parts.wte.weight[:, token], parts.wpe.weight[:, place] = torch.eye(V), torch.eye(T)
+    token, before, guess, place = torch.arange(C).split([V, V, V, T])  # the four fields
+    model.transformer.wte.weight[:, token] = torch.eye(V)
+    model.transformer.wpe.weight[:, place] = torch.eye(T)
     sure = 30 * C**0.5  # attention divides scores by sqrt(C)
-    q, k, v = first.attn.c_attn.weight.chunk(
-        3
-    )  # (3C, C) -> 3 of (C, C): [to channel, from channel]
-    q[place[:-1], place[1:]], k[place, place], v[token, token] = sure, 1.0, 1.0
-    first.attn.c_proj.weight[before, token] = 1.0
-    q, k, v = second.attn.c_attn.weight.chunk(3)
-    q[token, token], k[token, before], v[token, token] = sure * T, 1.0, 1.0
+    first, second = (block.attn for block in model.transformer.h)
+    q, k, v = first.c_attn.weight.chunk(3)  # (3C, C) -> 3 of (C, C): [to channel, from channel]
+    q[place[:-1], place[1:]] = sure  # place t asks for place t - 1
+    k[place, place] = 1.0
+    v[token, token] = 1.0
+    first.c_proj.weight[before, token] = 1.0
+    q, k, v = second.c_attn.weight.chunk(3)
+    q[token, token] = sure * T  # my symbol is compared with ...
+    k[token, before] = 1.0  # ... everybody's note
     k[token, place[0]] = -1.0  # the first token's note is not one
-    q[place[0], place], k[place[0], place] = sure, torch.arange(T).float()  # the later of two
-    second.attn.c_proj.weight[guess, token] = 1.0
+    q[place[0], place] = sure
+    k[place[0], place] = torch.arange(T).float()  # the later of two
+    v[token, token] = 1.0
+    second.c_proj.weight[guess, token] = 1.0
     model.lm_head.weight[:, guess] = 30 * torch.eye(V)
     return model.eval()
 
@@ -105,12 +107,13 @@ def attention_maps(
     idx: Tensor,  # (B, T)
 ) -> Tensor:  # (L, B, H, T, T), rows sum to one
     "Who listens to whom, in every layer and head."
-    maps, layers = [], [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
+    maps = []
 
-    def look(attn, args, kw):
-        maps.append(attn.weights(args[0], mask=kw.get('mask'), rotary=kw.get('rotary')))
+    def look(attn, args, kwargs):
+        maps.append(attn.weights(args[0], mask=kwargs.get('mask'), rotary=kwargs.get('rotary')))
 
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
+    hooks = [attn.register_forward_pre_hook(look, with_kwargs=True) for attn in layers]
     try:
         model(idx)
     finally:
@@ -124,13 +127,15 @@ def head_scores(
     ids: Tensor,  # (B, T) from `repeated`
     period: Tensor,  # (B,)
 ) -> tuple[Tensor, Tensor]:  # previous-token and prefix-matching scores, (L, H) each, 0 to 1
-    "How much each head looks one place back, and how much to what followed earlier copies (Olsson 2022, arXiv 2209.11895)."
-    w, t = attention_maps(model, ids), torch.arange(ids.shape[1])
-    previous = w.diagonal(-1, -2, -1).mean((1, 3))  # (L, B, H, T-1) -> (L, H)
-    back, p = t[:, None] + 1 - t, period[:, None, None]  # (T, T), (B, 1, 1)
-    after_copy = (back > 0) & (back % p == 0) & (t > 0)  # (B, T, T)
-    later = (t >= period[:, None]).sum()  # questions that have an answer
-    return previous, (w * after_copy[:, None]).sum((1, 3, 4)) / later
+    "How much each head looks one back, and after copies (Olsson 2022, arXiv 2209.11895)."
+    weights = attention_maps(model, ids)  # (L, B, H, T, T)
+    previous = weights.diagonal(-1, -2, -1).mean((1, 3))  # (L, B, H, T-1) -> (L, H)
+    t = torch.arange(ids.shape[1])
+    back = t[:, None] - (t - 1)  # (T, T) from a query to the place before each key
+    after_copy = (back > 0) & (back % period[:, None, None] == 0) & (t > 0)  # (B, T, T)
+    questions = (t >= period[:, None]).sum()  # those that have an answer
+    prefix = (weights * after_copy[:, None]).sum((1, 3, 4)) / questions  # -> (L, H)
+    return previous, prefix
 
 # %% ../../nbs/20_induction.ipynb #9fb21547
 @torch.no_grad()
@@ -138,31 +143,32 @@ def ablate(
     model: GPT,  # attention only
     idx: Tensor,  # (B, T)
     layer: int = 0,  # whose words are withheld
-    cut: str = 'qkvr',  # from later layers' queries, keys, values (q, k, v), and from the head at the end (r)
+    cut: str = 'qkvr',  # from later layers' queries, keys, values, and from the head at the end (r)
     fill: str = 'zero',  # what stands in their place: zero, or the mean over sequences and places
 ) -> Tensor:  # (B, T, V) logits
     "The model's guesses when what a layer wrote cannot be read on some ways."
+    blocks = model.transformer.h
     if fill not in ('zero', 'mean') or not set(cut) <= set('qkvr'):
         raise ValueError(
             f'cut={cut!r}, fill={fill!r} must be letters out of qkvr, and zero or mean'
         )
-    if not 0 <= layer < len(model.transformer.h):
-        raise ValueError(
-            f'layer={layer} is not there: layers run from 0 to {len(model.transformer.h) - 1}'
-        )
-    if not all(isinstance(b.mlp, Silent) for b in model.transformer.h):
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f'layer={layer} is not there: layers run from 0 to {len(blocks) - 1}')
+    if not all(isinstance(block.mlp, Silent) for block in blocks):
         raise ValueError('model has MLPs, which would hide the ways: build it with attention_only')
-    x, wrote, causal = embed(model, idx), 0.0, causal_mask(idx.shape[1], device=idx.device)
-    for i, block in enumerate(model.transformer.h):
-        sees = {c: block.ln_1(x - wrote if c in cut else x) for c in 'qkv'}  # (B, T, C) each
-        q, k, v = (block.attn.heads(sees[c], rotary=model.rotary)[n] for n, c in enumerate('qkv'))
-        y = block.attn.c_proj(
-            merge_heads(scaled_dot_product_attention(q, k, v, causal, block.attn.scale))
-        )
+    causal = causal_mask(idx.shape[1], device=idx.device)
+    x, withheld = embed(model, idx), 0.0
+    for i, block in enumerate(blocks):
+        attn = block.attn
+        sees = {way: block.ln_1(x - withheld if way in cut else x) for way in 'qkv'}  # (B, T, C)
+        q, k, v = (attn.heads(sees[way], rotary=model.rotary)[n] for n, way in enumerate('qkv'))
+        heads = scaled_dot_product_attention(q, k, v, causal, attn.scale)  # (B, H, T, D)
+        wrote = attn.c_proj(merge_heads(heads))  # -> (B, T, C)
         if i == layer:
-            wrote = y - (y.mean((0, 1)) if fill == 'mean' else 0)
-        x = x + y
-    return model.lm_head(model.transformer.ln_f(x - wrote if 'r' in cut else x))
+            withheld = wrote - wrote.mean((0, 1)) if fill == 'mean' else wrote
+        x = x + wrote
+    x = x - withheld if 'r' in cut else x
+    return model.lm_head(model.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
 
 # %% ../../nbs/20_induction.ipynb #d5f4f10a
 def head_matrices(
@@ -171,36 +177,35 @@ def head_matrices(
     head: int = 0,  # from 0
     distance: int = 0,  # places between query and key, for models with rotary positions
 ) -> tuple[Tensor, Tensor]:  # W_QK and W_OV, (C, C) each
-    "What a head compares, and what it passes on: x_query . W_QK . x_key is the score, W_OV . x the message."
+    "What a head compares, x_query . W_QK . x_key, and the message that it passes on, W_OV . x."
     attn = model.transformer.h[layer].attn
     rows = slice(head * attn.head_size, (head + 1) * attn.head_size)
-    q, k, v = (w[rows] for w in attn.c_attn.weight.split(attn.sizes))  # (D, C) each
-    turned = q.T if model.rotary is None else model.rotary(q.T[:, None], distance)[:, 0]  # (C, D)
-    return turned @ k, attn.c_proj.weight[:, rows] @ v
+    q, k, v = (weight[rows] for weight in attn.c_attn.weight.split(attn.sizes))  # (D, C) each
+    queries = q.T  # (C, D)
+    if model.rotary is not None:
+        queries = model.rotary(queries[:, None], distance)[:, 0]  # (C, 1, D) -> (C, D)
+    return queries @ k, attn.c_proj.weight[:, rows] @ v
 
-
+# %% ../../nbs/20_induction.ipynb #6e51b0c4
 @torch.no_grad()
 def composition(
     model: GPT,  # attention only
     heads: tuple[int, int] = (0, 0),  # one of the first layer, one of the second
     distance: int = 0,  # see `head_matrices`
 ) -> dict[str, float]:  # for q, k and v
-    "How much the second layer's queries, keys and values read what the first layer writes (Elhage 2021), from the weights alone."
-    ov, (qk, ov2) = (
-        head_matrices(model, 0, heads[0])[1],
-        head_matrices(model, 1, heads[1], distance),
-    )
-    return {
-        way: ((m @ ov).norm() / (m.norm() * ov.norm())).item()
-        for way, m in (('q', qk.T), ('k', qk), ('v', ov2))
-    }
+    "How much the second layer reads what the first writes, from the weights (Elhage 2021)."
+    _, ov = head_matrices(model, 0, heads[0])
+    qk, ov2 = head_matrices(model, 1, heads[1], distance)
+    readers = dict(q=qk.T, k=qk, v=ov2)
+    size = lambda matrix: matrix.norm()  # the root of the sum of squares
+    return {way: (size(m @ ov) / (size(m) * size(ov))).item() for way, m in readers.items()}
 
 # %% ../../nbs/20_induction.ipynb #9b698b0e
 def steepest_drop(
     values: list[float],  # a curve, such as losses
     width: int = 4,  # over how many steps a fall is measured
 ) -> int:  # an index into `values`
-    "The middle of the span of `width` steps over which the curve falls most: where a phase change is."
+    "The middle of the `width` steps over which the curve falls most: where a phase change is."
     if not 1 <= width < len(values):
         raise ValueError(
             f'width={width} must be at least 1 and below the number of values, {len(values)}'
