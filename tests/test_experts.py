@@ -1,6 +1,7 @@
-"Mixture of experts: against Hugging Face's Switch and Mixtral, against a dense sum, and its properties."
+"Mixture of experts: against Hugging Face's Switch and Mixtral, and against a sum over all experts."
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -9,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from transformer_course.block import MLP, Block
+from transformer_course.bigram import IGNORE_INDEX
+from transformer_course.block import MLP, Block, BlockConfig
+from transformer_course.checkpoint import load_model, save_checkpoint
 from transformer_course.experts import (
+    ExpertConfig,
     ExpertGPT,
     Experts,
     balance_loss,
     check_experts,
-    dispatch,
     route,
 )
 from transformer_course.generation import generate
@@ -23,7 +26,7 @@ from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.training import TrainConfig, train
 
 thorough = settings(deadline=None, derandomize=True, max_examples=25)
-SMALL = GPTConfig(block_size=8, vocab_size=7, n_layer=2, n_head=2, n_embd=16)
+SMALL = dict(block_size=8, vocab_size=7, n_layer=2, n_head=2, n_embd=16)
 
 
 def rng(seed=0):
@@ -33,6 +36,10 @@ def rng(seed=0):
 def layer(*args, seed=0, **kw):
     torch.manual_seed(seed)
     return Experts(*args, **kw).double()
+
+
+def expert_gpt(seed=0, **fields):
+    return ExpertGPT(ExpertConfig(**SMALL | fields), rng(seed))
 
 
 def ids(seed=1, shape=(3, 8)):
@@ -68,9 +75,7 @@ def test_equals_a_loop_over_tokens_in_values_and_gradients(n_experts, k, seed):
     x = torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.double)
     torch.testing.assert_close(module(x), dense(module, x))
     module(x).sin().sum().backward()
-    ours = [
-        p.grad.clone() for p in module.parameters()
-    ]  # an expert that nobody asked has zeros, not None
+    ours = [p.grad.clone() for p in module.parameters()]  # zeros, not None, if nobody asked
     module.zero_grad(set_to_none=True)
     dense(module, x).sin().sum().backward()
     for p, mine in zip(module.parameters(), ours):
@@ -87,34 +92,24 @@ def test_equals_switch(seed):
     )
 
     torch.manual_seed(seed)
-    theirs = SwitchTransformersSparseMLP(
-        SwitchTransformersConfig(
-            d_model=8,
-            d_ff=32,
-            num_experts=5,
-            expert_capacity=1000,
-            dropout_rate=0.0,
-            router_jitter_noise=0.0,
-        )
-    ).eval()
+    size = dict(d_model=8, d_ff=32, num_experts=5, expert_capacity=1000)
+    config = SwitchTransformersConfig(**size, dropout_rate=0.0, router_jitter_noise=0.0)
+    theirs = SwitchTransformersSparseMLP(config).eval()
     ours = Experts(8, 5, bias=False, activation='relu')
     ours.router.weight.data = theirs.router.classifier.weight.data
-    for e, expert in enumerate(ours.experts):
-        expert.c_fc.weight.data, expert.c_proj.weight.data = (
-            theirs.experts[f'expert_{e}'].wi.weight.data,
-            theirs.experts[f'expert_{e}'].wo.weight.data,
-        )
+    for mine, other in zip(ours.experts, theirs.experts.values(), strict=True):
+        mine.c_fc.weight.data = other.wi.weight.data
+        mine.c_proj.weight.data = other.wo.weight.data
     x = torch.randn(3, 11, 8)
     torch.testing.assert_close(ours(x), theirs(x))
     probs = ours.router(x).softmax(-1).view(1, 33, 5)
-    torch.testing.assert_close(
-        ours.balance, load_balancing_loss_func(probs, ours.chosen.view(1, 33))
-    )
+    balance = load_balancing_loss_func(probs, ours.chosen.view(1, 33))
+    torch.testing.assert_close(ours.balance, balance)
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_routes_as_mixtral(seed):
-    "Its experts have gates and ours do not: the router is compared, and the balance loss (theirs counts k questions for a token)."
+    "The router, and the balance loss (theirs counts k questions for a token)."
     transformers()
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import (
@@ -122,31 +117,27 @@ def test_routes_as_mixtral(seed):
         load_balancing_loss_func,
     )
 
-    theirs = MixtralTopKRouter(
-        MixtralConfig(hidden_size=8, num_local_experts=5, num_experts_per_tok=2)
-    )
+    config = MixtralConfig(hidden_size=8, num_local_experts=5, num_experts_per_tok=2)
+    theirs = MixtralTopKRouter(config)
     nn.init.normal_(theirs.weight, generator=rng(seed))
     x = torch.randn(33, 8, generator=rng(seed + 10))
     logits, weights, chosen = theirs(x)
     probs, mine, who = route(logits, 2)
     torch.testing.assert_close(mine, weights)
     assert torch.equal(who, chosen)
-    torch.testing.assert_close(
-        2 * balance_loss(probs, who), load_balancing_loss_func((logits,), 5, 2)
-    )
+    balance = load_balancing_loss_func((logits,), 5, 2)
+    torch.testing.assert_close(2 * balance_loss(probs, who), balance)
 
 
 @thorough
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_even_routing_has_balance_one(n_experts, rounds, seed):
-    chosen = torch.arange(n_experts).repeat(rounds)[
-        torch.randperm(n_experts * rounds, generator=rng(seed)), None
-    ]
-    probs = torch.full((n_experts * rounds, n_experts), 1 / n_experts)
-    torch.testing.assert_close(balance_loss(probs, chosen), torch.tensor(1.0))
-    torch.testing.assert_close(
-        balance_loss(probs, torch.zeros_like(chosen)), torch.tensor(1.0)
-    )  # even probabilities: 1, whoever is asked
+    n = n_experts * rounds
+    chosen = torch.arange(n)[torch.randperm(n, generator=rng(seed)), None] % n_experts  # (n, 1)
+    probs, even = torch.full((n, n_experts), 1 / n_experts), torch.tensor(1.0)
+    torch.testing.assert_close(balance_loss(probs, chosen), even)
+    everybody_asks_one = torch.zeros_like(chosen)  # even probabilities: 1, whoever is asked
+    torch.testing.assert_close(balance_loss(probs, everybody_asks_one), even)
     certain = torch.eye(n_experts)[torch.zeros(7, dtype=torch.long)]
     assert balance_loss(certain, certain.argmax(-1, keepdim=True)) == n_experts
 
@@ -175,9 +166,8 @@ def test_names_of_experts_do_not_matter():
         other.experts = nn.ModuleList(module.experts[i] for i in names)
         other.router.weight.data = module.router.weight.data[names]
         torch.testing.assert_close(other(x), module(x))
-        assert torch.equal(torch.tensor(names)[other.chosen], module.chosen) and torch.equal(
-            other.load, module.load[names]
-        )
+        assert torch.equal(torch.tensor(names)[other.chosen], module.chosen)
+        assert torch.equal(other.load, module.load[names])
 
 
 @pytest.mark.parametrize('k', [1, 2])
@@ -189,7 +179,7 @@ def test_the_router_learns(k):
 
 @pytest.mark.parametrize('k', [1, 2])
 def test_causal_and_deterministic(k):
-    model, idx = ExpertGPT(SMALL, 4, k, generator=rng()).double().eval(), ids()
+    model, idx = expert_gpt(top_k=k).double().eval(), ids()
     with torch.no_grad():
         logits = model(idx)[0]
         assert torch.equal(logits, model(idx)[0])
@@ -201,59 +191,85 @@ def test_causal_and_deterministic(k):
 
 
 def test_the_balance_loss_reaches_the_gradient_in_training_only():
-    model, x, y = ExpertGPT(SMALL, 4, alpha=0.0, generator=rng()), ids(), ids(2)
+    model, x, y = expert_gpt(alpha=0.0), ids(), ids(2)
     grads = []
     for alpha in (0.0, 10.0):
-        model.alpha = alpha
+        model.config.alpha = alpha
         model.zero_grad()
         model(x, y)[1].backward()
         grads.append(model.layers[0].router.weight.grad.clone())
     assert (grads[1] - grads[0]).norm() > 0.01
     model.eval()
     plain = model(x, y)[1]
-    model.alpha = 0.0
+    model.config.alpha = 0.0
     assert torch.equal(plain, model(x, y)[1])
     assert model(x)[1] is None and model.train()(x)[1] is None
 
 
 def test_is_a_gpt_that_trains_copies_and_writes():
-    model, x, y = ExpertGPT(SMALL, 4, generator=rng()), ids(), ids(2)
+    model, x, y = expert_gpt(), ids(), ids(2)
     model(x, y)
     assert not any(layer.balance.requires_grad for layer in model.layers)  # the graph is let go
     copy.deepcopy(model)
-    history = train(
-        model,
-        lambda g: (x, y),
-        TrainConfig(max_iters=80, warmup_iters=5, dtype='float32', compile=False),
-    )
+    config = TrainConfig(max_iters=80, warmup_iters=5, dtype='float32', compile=False)
+    history = train(model, lambda generator: (x, y), config)
     assert history.losses[-1] < 0.5 * history.losses[0]
-    other = ExpertGPT(SMALL, 4, generator=rng(9)).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x)[0], model(x)[0])
-    assert torch.equal(
-        generate(model, x[:1, :3], 5, temperature=0.0),
-        generate(other, x[:1, :3], 5, temperature=0.0),
-    )
+    prompt = x[:1, :3]
+    assert generate(model, prompt, 5, temperature=0.0).shape == (1, 8)
 
 
-def test_counts():
-    for k in (1, 2):
-        model, plain = ExpertGPT(SMALL, 4, k), GPT(SMALL)
-        mlp = sum(p.numel() for p in MLP(16).parameters())
-        assert model.num_params() - plain.num_params() == 2 * (3 * mlp + 4 * 16)
-        assert model.active_params() - plain.num_params() == 2 * ((k - 1) * mlp + 4 * 16)
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_parts_of_a_batch_add_up_to_the_whole(optimizer):
+    "Without the balance loss, which is not a mean over tokens, accumulation changes nothing."
+    x, y = ids(1, (8, 8)), ids(2, (8, 8))
+    y[0, :5], y[5, 1:] = IGNORE_INDEX, IGNORE_INDEX  # parts score different numbers of targets
+    how = dict(max_iters=5, warmup_iters=1, optimizer=optimizer, dtype='float32', compile=False)
+
+    def trained(n_parts):
+        parts = itertools.cycle(zip(x.chunk(n_parts), y.chunk(n_parts)))
+        config = TrainConfig(gradient_accumulation_steps=n_parts, **how)
+        model = expert_gpt(alpha=0.0).double()
+        return model, train(model, lambda generator: next(parts), config).losses
+
+    (whole, losses), (in_parts, same_losses) = trained(1), trained(4)
+    assert same_losses == pytest.approx(losses, abs=1e-6)
+    for p, q in zip(whole.parameters(), in_parts.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+def test_is_saved_and_opened_as_what_it_is(tmp_path):
+    fields = dict(n_experts=3, top_k=2, alpha=0.5, gated=True, activation='silu', n_inner=20)
+    model = expert_gpt(**fields).eval()
+    save_checkpoint(tmp_path / 'checkpoint', model)
+    opened, about = load_model(tmp_path / 'checkpoint')
+    assert type(opened) is ExpertGPT and about['model'] == 'ExpertGPT'
+    assert opened.config == model.config == ExpertConfig(**SMALL | fields)
+    assert not opened.training and torch.equal(opened(ids())[0], model(ids())[0])
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_counts(k):
+    model, plain = expert_gpt(top_k=k), GPT(GPTConfig(**SMALL))
+    mlp = sum(p.numel() for p in MLP(16).parameters())
+    assert model.num_params() - plain.num_params() == 2 * (3 * mlp + 4 * 16)
+    assert model.active_params() - plain.num_params() == 2 * ((k - 1) * mlp + 4 * 16)
 
 
 def test_seeds_decide_the_weights():
-    a, b, c = (ExpertGPT(SMALL, 4, generator=rng(s)).state_dict() for s in (0, 0, 1))
-    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(
-        a['transformer.h.0.mlp.experts.3.c_fc.weight'],
-        c['transformer.h.0.mlp.experts.3.c_fc.weight'],
-    )
-    assert not torch.equal(
-        a['transformer.h.0.mlp.experts.0.c_fc.weight'],
-        a['transformer.h.0.mlp.experts.1.c_fc.weight'],
-    )
+    a, b, c = (expert_gpt(seed).state_dict() for seed in (0, 0, 1))
+    first, last = (f'transformer.h.0.mlp.experts.{e}.c_fc.weight' for e in (0, 3))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a[last], c[last]) and not torch.equal(a[first], a[last])
+
+
+@pytest.mark.parametrize('gated', [False, True])
+def test_every_expert_is_an_mlp_of_the_config(gated):
+    fields = dict(mlp_ratio=3.0, gated=gated, activation='relu2', bias=False)
+    one = expert_gpt(n_experts=1, **fields).eval()
+    plain = GPT(GPTConfig(**SMALL | fields)).eval()
+    weights = {name.replace('.experts.0', ''): w for name, w in one.state_dict().items()}
+    plain.load_state_dict({name: w for name, w in weights.items() if 'router' not in name})
+    assert torch.equal(one(ids())[0], plain(ids())[0])
 
 
 @pytest.mark.parametrize('k', [1, 2])
@@ -266,8 +282,8 @@ def test_no_expert_works_for_tokens_that_did_not_ask(k):
 
 
 def test_experts_in_a_block_of_their_own():
-    block, x = Block(16, 2), torch.randn(2, 5, 16, generator=rng())
-    block.mlp = Experts(16, 3)
+    block = Block(BlockConfig(n_embd=16, n_head=2), mlp=Experts(16, 3))
+    x = torch.randn(2, 5, 16, generator=rng())
     assert block(x).shape == x.shape and block.mlp.chosen.shape == (2, 5, 1)
 
 
@@ -288,9 +304,14 @@ def test_sixteen_bit_inputs_keep_their_type():
         (lambda: Experts(8, 2, 0), 'top_k=0'),
         (lambda: route(torch.zeros(1, 2), 3), 'n_experts=2'),
         (lambda: check_experts(4, -1), 'top_k=-1'),
-        (lambda: ExpertGPT(SMALL, -1), 'n_experts=-1'),
-        (lambda: ExpertGPT(SMALL, 2, alpha=-0.1), 'alpha=-0.1'),
-        (lambda: ExpertGPT(SMALL, 2, alpha=float('nan')), 'alpha=nan'),
+        (lambda: Experts(8, True), 'n_experts=True'),
+        (lambda: ExpertConfig(n_experts=-1), 'n_experts=-1'),
+        (lambda: ExpertConfig(n_experts=2.0), 'n_experts=2.0'),
+        (lambda: ExpertConfig(n_experts=2, top_k=3), 'top_k=3'),
+        (lambda: ExpertConfig(alpha=-0.1), 'alpha=-0.1'),
+        (lambda: ExpertConfig(alpha=float('nan')), 'alpha=nan'),
+        (lambda: ExpertConfig(n_embd=10, n_head=4), 'n_embd=10'),
+        (lambda: ExpertGPT(GPTConfig(**SMALL)), 'ExpertConfig'),
         (lambda: Experts(8, 2, activation='tanh'), "activation='tanh'"),
         (lambda: Experts(8, 2).load, 'chosen'),
     ],

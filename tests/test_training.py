@@ -22,15 +22,12 @@ from transformer_course.checkpoint import read_checkpoint
 from transformer_course.data import get_batch
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, TensorBoard, read_log
+from transformer_course.optim import Muon, make_optimizers
+from transformer_course.strategy import Precision, choose_compile, choose_precision
 from transformer_course.training import (
-    Muon,
-    Precision,
     Run,
     Single,
     TrainConfig,
-    choose_compile,
-    choose_precision,
-    make_optimizers,
     model_flops_per_token,
     train,
     update,

@@ -13,6 +13,7 @@ is caught as well. Exit code 1 if one survives.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def passes(folder, tests):
     return True
 
 
+def break_notebook(folder, mutant):
+    "The same change where it comes from: a notebook tests the definitions that its own cells make."
+    home = re.compile(rf'^#\|\s*default_exp\s+{re.escape(mutant["module"])}\s*$', re.M)
+    for path in Path(folder, 'nbs').rglob('*.ipynb'):
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        sources = [''.join(cell['source']) for cell in nb['cells']]
+        if not any(home.search(source) for source in sources):
+            continue
+        for cell, source in zip(nb['cells'], sources):
+            if source.startswith('#| export'):
+                cell['source'] = source.replace(mutant['old'], mutant['new'])
+        path.write_text(json.dumps(nb), encoding='utf-8')
+
+
 def survives(mutant):
     "True if the tests pass although the library is broken."
     with tempfile.TemporaryDirectory(prefix='course-mutant-') as folder:
@@ -78,6 +93,7 @@ def survives(mutant):
         path = source_of(tree, mutant)
         text = path.read_text(encoding='utf-8').replace(mutant['old'], mutant['new'])
         path.write_text(text, encoding='utf-8')
+        break_notebook(tree, mutant)
         return passes(tree, mutant['tests'])
 
 
