@@ -7,8 +7,8 @@
 A small GPT is trained with a checkpoint every second update and a line in a log for every update.
 torch is imported once; each life of a run is a forked child, killed after a random number of
 milliseconds. After every kill the checkpoint must be readable (or not there yet), and the next
-child goes on from it. When a run has reached its end, the losses in its log and its validation losses are
-compared with those of a run that nobody disturbed. Prints a table and writes
+child goes on from it. When a run has reached its end, the losses in its log and its validation
+losses are compared with those of a run that nobody disturbed. Prints a table and writes
 benchmarks/results/kills.json. Needs a system with fork.
 """
 
