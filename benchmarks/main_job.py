@@ -3,53 +3,59 @@
     python benchmarks/main_job.py            one run
     python benchmarks/main_job.py --runs 3   several; the table shows each, the JSON file keeps all
 
-Prints a table and writes benchmarks/results/main_job.json: seconds to the first sample and to the end, peak memory,
-losses over the whole validation split, and the last sample.
+Prints a table and writes benchmarks/results/main_job.json: seconds to the first sample and to the
+end, peak memory, losses over the whole validation split, and the last sample.
 """
 
 import argparse, json, os, platform, re, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 RESULT = Path(__file__).parent / 'results' / 'main_job.json'
+FIGURES = 'seconds', 'cpu_seconds', 'first_sample_seconds', 'peak_memory_mb'
+
+
+def listen(process, began):
+    "What a process prints, and when its first sample appeared: an indented line."
+    lines, first = [], None
+    for line in process.stdout:
+        lines.append(line)
+        if first is None and line.startswith('    '):
+            first = time.perf_counter() - began
+    return ''.join(lines), first
 
 
 def run(extra):
     "One run in an empty folder; what it measured."
     command = [Path(sys.executable).with_name('transformer-course'), 'train', *extra]
-    began, lines, first = time.perf_counter(), [], None
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, 'PYTHONUNBUFFERED': '1'},
-        )
-        for line in process.stdout:
-            lines.append(line)
-            if first is None and line.startswith('    '):
-                first = time.perf_counter() - began
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=env)
+        out, first = listen(process, began)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         if status:
             sys.exit(f'the run ended with status {os.waitstatus_to_exitcode(status)}')
-    out = ''.join(lines)
-    val = [
-        (int(s), float(loss)) for s, loss in re.findall(r'step +(\d+) +val loss (\d+\.\d+)', out)
-    ]
+    val = re.findall(r'step +(\d+) +val loss (\d+\.\d+)', out)
+    last = out.rsplit('val loss', 1)[1].splitlines()
     return dict(
         seconds=round(seconds, 1),
         cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
         first_sample_seconds=round(first, 1),
         peak_memory_mb=round(usage.ru_maxrss / 1024),
-        val=val,
+        val=[(int(step), float(loss)) for step, loss in val],
         text=re.search(r'^text +(.*)$', out, re.M)[1],
         model=re.search(r'^model +(.*)$', out, re.M)[1],
-        sample=[
-            line[4:]
-            for line in out.rsplit('val loss', 1)[1].splitlines()
-            if line.startswith('    ')
-        ],
+        sample=[line[4:] for line in last if line.startswith('    ')],
+    )
+
+
+def show(number, r):
+    print(
+        f"run {number}: {r['seconds']} s ({r['cpu_seconds']} s of CPU), "
+        f"first sample after {r['first_sample_seconds']} s, peak {r['peak_memory_mb']} MB, "
+        f"val loss {r['val'][-1][1]:.4f}",
+        flush=True,
     )
 
 
@@ -64,15 +70,8 @@ def main():
     runs = []
     for i in range(args.runs):
         runs.append(run(extra))
-        r = runs[-1]
-        print(
-            f"run {i + 1}: {r['seconds']} s ({r['cpu_seconds']} s of CPU), first sample after {r['first_sample_seconds']} s, peak {r['peak_memory_mb']} MB, val loss {r['val'][-1][1]:.4f}",
-            flush=True,
-        )
-    middle = {
-        k: statistics.median(r[k] for r in runs)
-        for k in ('seconds', 'cpu_seconds', 'first_sample_seconds', 'peak_memory_mb')
-    }
+        show(i + 1, runs[-1])
+    middle = {name: statistics.median(r[name] for r in runs) for name in FIGURES}
     result = dict(
         command=' '.join(['transformer-course train', *extra]),
         cores=os.cpu_count(),

@@ -1,15 +1,16 @@
 """Train beside nanoGPT: the time to its final loss, and the loss in its whole time.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/nanogpt.py --nanogpt nanoGPT              three seeds, interleaved; about 25 minutes of one core
-    python benchmarks/nanogpt.py --nanogpt nanoGPT --runs 1     one seed
+    python benchmarks/nanogpt.py --nanogpt nanoGPT            three seeds, interleaved; 25 minutes
+    python benchmarks/nanogpt.py --nanogpt nanoGPT --runs 1   one seed
 
-nanoGPT runs its own train.py with the CPU recipe of its README (4 layers, 4 heads, 128 wide, context 64, 12 windows, 2000 updates).
-The course runs two recipes, `fast` and `long`. Both were chosen on the last tenth of the *training* text (`--part tuning`),
-with other seeds than those measured here; the losses quoted are over the whole validation text.
+nanoGPT runs its own train.py with the CPU recipe of its README (4 layers, 4 heads, 128 wide,
+context 64, 12 windows, 2000 updates), on one core. The course runs two recipes, `fast` and `long`.
+Both were chosen on the last tenth of the *training* text (`--part tuning`), with other seeds than
+those measured here; the losses quoted are over the whole validation text.
 """
 
-import argparse, statistics, sys
+import argparse, statistics
 
 import peers
 
@@ -38,7 +39,36 @@ LONG = dict(
 SEEDS = (101, 102, 103, 104, 105)
 
 
-def main():
+CONTESTANTS = 'nanogpt', 'fast', 'long'
+
+
+def race(checkout, text, seed, part):
+    "All three on one seed, one after the other."
+    row = dict(
+        seed=seed,
+        nanogpt=peers.nanogpt(checkout, text, seed, part=part),
+        fast=peers.ours(text, seed, **FAST, part=part),
+        long=peers.ours(text, seed, **LONG, part=part),
+    )
+    figures = [
+        f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU"
+        for k in CONTESTANTS
+    ]
+    print(f'seed {seed}: {", ".join(figures)}', flush=True)
+    return row
+
+
+def show(mean, ratio):
+    print(f"{'':10} {'loss':>8} {'CPU s':>8}")
+    for name, m in mean.items():
+        print(f"{name:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
+    if mean['fast']['loss'] <= mean['nanogpt']['loss']:
+        print(f"fast reaches nanoGPT's loss in 1/{ratio:.1f} of its time")
+    else:
+        print("fast does not reach nanoGPT's loss")
+
+
+def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,51 +76,25 @@ def main():
     parser.add_argument('--runs', type=int, default=3, help='seeds, at most 5')
     parser.add_argument('--part', choices=peers.PARTS, default='validation')
     parser.add_argument('--text', help='another text (UTF-8); nothing is written then')
-    args = parser.parse_args()
-    rows = []
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     with peers.text_file(args.text) as (text, source):
         print(source)
-        for seed in SEEDS[: args.runs]:
-            row = dict(
-                seed=seed,
-                nanogpt=peers.nanogpt(args.nanogpt, text, seed, part=args.part),
-                fast=peers.ours(text, seed, **FAST, part=args.part),
-                long=peers.ours(text, seed, **LONG, part=args.part),
-            )
-            rows.append(row)
-            print(
-                f'seed {seed}: '
-                + ', '.join(
-                    f"{k} {row[k]['loss']:.4f} nats in {row[k]['cpu_seconds']:.1f} s of CPU"
-                    for k in ('nanogpt', 'fast', 'long')
-                ),
-                flush=True,
-            )
-    mean = {
-        k: {f: statistics.mean(r[k][f] for r in rows) for f in ('loss', 'cpu_seconds')}
-        for k in ('nanogpt', 'fast', 'long')
-    }
+        rows = [race(args.nanogpt, text, seed, args.part) for seed in SEEDS[: args.runs]]
+    average = lambda who, what: statistics.mean(row[who][what] for row in rows)
+    mean = {k: {f: average(k, f) for f in ('loss', 'cpu_seconds')} for k in CONTESTANTS}
     ratio = mean['nanogpt']['cpu_seconds'] / mean['fast']['cpu_seconds']
-    print(f"{'':10} {'loss':>8} {'CPU s':>8}")
-    for k, m in mean.items():
-        print(f"{k:10} {m['loss']:8.4f} {m['cpu_seconds']:8.1f}")
-    if mean['fast']['loss'] <= mean['nanogpt']['loss']:
-        print(f"fast reaches nanoGPT's loss in 1/{ratio:.1f} of its time")
-    else:
-        print("fast does not reach nanoGPT's loss")
-    if not args.text and args.part == 'validation':
-        peers.write(
-            'nanogpt',
-            dict(
-                text=source,
-                versions=peers.versions(nanogpt=peers.checkout_version(args.nanogpt)),
-                threads=1,
-                recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
-                mean=mean,
-                ratio=ratio,
-                runs=rows,
-            ),
-        )
+    show(mean, ratio)
+    if args.text or args.part != 'validation':
+        return
+    versions = peers.versions(nanogpt=peers.checkout_version(args.nanogpt))
+    recipes = dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG)
+    measured = dict(mean=mean, ratio=ratio, runs=rows)
+    about = dict(text=source, versions=versions, threads=1, recipes=recipes)
+    peers.write('nanogpt', about | measured)
 
 
 if __name__ == '__main__':

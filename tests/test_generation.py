@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_course.bigram import BigramLanguageModel, sample
+from transformer_course.cache import KVCache, LayerCache
 from transformer_course.generation import (
     CachedDecoder,
-    KVCache,
-    LayerCache,
     accept_or_redraw,
     filter_logits,
     generate,

@@ -1,273 +1,176 @@
-"The house rules for notebooks, checked on the files as they are committed; none is executed here."
+"""Notebooks as they are committed: clean, executed, documented, tested.
 
-import ast, json, re, subprocess, sys
+None is executed here. How long cells may be, and which way imports point, is in test_house.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
 import pytest
-from conftest import ROOT, notebook_paths
+from cells import FLAGS, directives, exported, skips, tree
+from conftest import ROOT
+from notebooks import ALL, every_notebook
 
-PATHS = notebook_paths()
-NAMES = [p.relative_to(ROOT / 'nbs').as_posix() for p in PATHS]
-CHAPTERS = [p for p in PATHS if re.match(r'\d\d_', p.name)]
-FOUNDATION = {
-    'sources',
-    'plots',
-    'claims',
-    'checkpoint',
-}  # support that chapters stand on; it imports no chapter
-TOPS = {'cli', 'exercises'}  # support that stands on the chapters
 MACHINE_PATH = re.compile(
     r'/home/\w|/root\b|/Users/\w|/tmp/\w|/work/\w|/usr/lib/|site-packages|[A-Z]:\\\\?Users'
 )
-
-
-class Notebook:
-    "A notebook's cells, read once."
-
-    def __init__(self, path):
-        self.path, self.bytes = path, path.read_bytes()
-        self.cells = json.loads(self.bytes)['cells']
-        for cell in self.cells:
-            cell['source'] = ''.join(cell['source'])
-        self.code = [c for c in self.cells if c['cell_type'] == 'code' and c['source'].strip()]
-        found = [re.search(r'^#\|\s*default_exp\s+(\w+)', c['source'], re.M) for c in self.code]
-        self.module = next((m[1] for m in found if m), None)
-        self.number = int(path.name[:2]) if re.match(r'\d\d_', path.name) else None
-
-
-def directives(cell):
-    "The names of a cell's `#|` directives."
-    return {m[1] for m in re.finditer(r'^#\|\s*([\w-]+)', cell['source'], re.M)}
-
-
-def skipped(cell):
-    "True for a cell that neither nbdev_test nor tools/execute.py runs."
-    return bool(
-        directives(cell) & {'slow', 'cuda'}
-        or re.search(r'^#\|\s*eval:\s*false', cell['source'], re.M)
-        or 'nbdev_export' + '(' in cell['source']
-    )
-
-
-def exported(cell):
-    return bool(directives(cell) & {'export', 'exports', 'exporti'})
-
-
-def tree(cell):
-    "The cell's syntax tree, without shell lines and magics."
-    return ast.parse(
-        '\n'.join(
-            'pass' if re.match(r'[!%]', line) else line for line in cell['source'].splitlines()
-        )
-    )
-
-
-def lines(cell):
-    return [l for l in cell['source'].splitlines() if l.strip() and not l.startswith('#|')]
-
-
-ALL = {p: Notebook(p) for p in PATHS}
-notebook = pytest.mark.parametrize('nb', ALL.values(), ids=NAMES)
-chapter = pytest.mark.parametrize('nb', [ALL[p] for p in CHAPTERS], ids=[p.stem for p in CHAPTERS])
-
-
-def where(nb, cell):
-    return f'{nb.path.name} cell {nb.cells.index(cell)} ({cell["source"].splitlines()[0][:60]!r})'
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+IMPORTS = ast.Import, ast.ImportFrom
+SHOWN = (
+    ast.Name,
+    ast.Attribute,
+    ast.Subscript,
+    ast.Compare,
+    ast.BinOp,
+    ast.Tuple,
+    ast.List,
+    ast.Dict,
+)
 
 
 def test_in_sync():
     "Notebooks are clean; the modules, README.md and the sidebar are what the notebooks make them."
-    done = subprocess.run(
-        [sys.executable, ROOT / 'tools' / 'test.py', 'sync'], capture_output=True, text=True
-    )
+    command = [sys.executable, ROOT / 'tools' / 'test.py', 'sync']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@notebook
+@every_notebook
 def test_first_cell_is_title_and_summary(nb):
-    first = nb.cells[0]
-    assert first['cell_type'] == 'markdown' and re.fullmatch(
-        r'# [^\n]+\n+> [^\n]+\s*', first['source']
-    ), (
-        'the first cell becomes the front matter: "# Title", an empty line, "> one line", and nothing else'
-    )
+    "It becomes the page's front matter."
+    first, form = nb.cells[0], '"# Title", an empty line, "> one line", and nothing else'
+    assert first['cell_type'] == 'markdown', form
+    assert re.fullmatch(r'# [^\n]+\n+> [^\n]+\s*', first['source']), form
 
 
-@notebook
+@every_notebook
 def test_smaller_than_a_megabyte(nb):
-    assert len(nb.bytes) < 1_000_000
+    assert nb.path.stat().st_size < 1_000_000
 
 
-@notebook
-def test_cells_are_short(nb):
-    long = [
-        where(nb, c) for c in nb.code if len(lines(c)) > 25 or len(c['source'].splitlines()) > 30
-    ]
-    assert not long, f'more than 25 lines of code: {long}'
+# ---------------------------------------------------------------- which cells run
 
 
-@notebook
+@every_notebook
+def test_no_cell_exports(nb):
+    "A reader who runs all cells writes no module."
+    for cell in nb.code:
+        assert 'nbdev_export' not in cell['source'], f'{nb.where(cell)} exports'
+
+
+@every_notebook
+def test_what_runs_is_what_nbdev_runs(nb):
+    "`cells.skips` reads directives without nbdev, and agrees with it."
+    nbio, process = pytest.importorskip('execnb.nbio'), pytest.importorskip('nbdev.process')
+    for cell in nb.code:
+        known = process.extract_directives(nbio.NbCell(0, dict(cell)), remove=False)
+        never = known.get('eval:', [''])[0].lower() == 'false'
+        assert skips(cell['source']) == bool(never or set(FLAGS) & known.keys()), nb.where(cell)
+        assert skips(cell['source'], run=FLAGS) == never, nb.where(cell)
+
+
+# ---------------------------------------------------------------- outputs
+
+
+@every_notebook
 def test_outputs_are_clean(nb):
     "No errors, no warnings, nothing of the machine they were made on."
     for cell in nb.code:
         for out in cell['outputs']:
-            assert out['output_type'] != 'error', f'{where(nb, cell)} shows an error'
-            assert out.get('name') != 'stderr', (
-                f'{where(nb, cell)} writes to stderr: {"".join(out["text"])[:200]}'
-            )
-            text = json.dumps(
-                [
-                    out.get('text', ''),
-                    {k: v for k, v in out.get('data', {}).items() if not k.startswith('image/')},
-                ]
-            )
+            where = nb.where(cell)
+            assert out['output_type'] != 'error', f'{where} shows an error'
+            said = ''.join(out.get('text', ''))
+            assert out.get('name') != 'stderr', f'{where} writes to stderr: {said[:200]}'
+            data = {k: v for k, v in out.get('data', {}).items() if not k.startswith('image/')}
+            text = json.dumps([said, data])
             found = MACHINE_PATH.search(text)
-            assert not found, (
-                f'{where(nb, cell)} shows a machine path: {text[max(0, found.start() - 20) : found.end() + 40]}'
-            )
+            near = text[max(0, found.start() - 20) : found.end() + 40] if found else ''
+            assert not found, f'{where} shows a machine path: {near}'
 
 
-@notebook
+def calls_print(statement):
+    "True for a line that is a call of `print`."
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'print'
+
+
+def shows_a_value(source):
+    "True for a cell whose last line is a value, which the notebook shows; a semicolon hides it."
+    body = tree(source).body
+    last = body[-1] if body else None
+    hidden = source.rstrip().endswith(';')
+    return isinstance(last, ast.Expr) and isinstance(last.value, SHOWN) and not hidden
+
+
+@every_notebook
 def test_cells_that_print_have_outputs(nb):
     "The site shows committed outputs: what prints or ends in a value has been executed."
+    mend = f'run `python tools/execute.py {nb.path.relative_to(ROOT)}`'
     for cell in nb.code:
-        if skipped(cell) or exported(cell) or cell['outputs']:
+        source = cell['source']
+        if skips(source) or exported(source) or cell['outputs']:
             continue
-        body = tree(cell).body
-        prints = any(
-            isinstance(s, ast.Expr)
-            and isinstance(s.value, ast.Call)
-            and getattr(s.value.func, 'id', '') == 'print'
-            for s in body
-        )
-        value = (
-            body
-            and isinstance(body[-1], ast.Expr)
-            and not cell['source'].rstrip().endswith(';')
-            and isinstance(
-                body[-1].value,
-                (
-                    ast.Name,
-                    ast.Attribute,
-                    ast.Subscript,
-                    ast.Compare,
-                    ast.BinOp,
-                    ast.Tuple,
-                    ast.List,
-                    ast.Dict,
-                ),
-            )
-        )
-        assert not prints and not value, (
-            f'{where(nb, cell)} has no output: run `python tools/execute.py {nb.path.relative_to(ROOT)}`'
-        )
+        speaks = any(map(calls_print, tree(source).body)) or shows_a_value(source)
+        assert not speaks, f'{nb.where(cell)} has no output: {mend}'
 
 
-@notebook
+# ---------------------------------------------------------------- code
+
+
+@every_notebook
 def test_imports_stand_alone(nb):
-    "Building the site with nbdev executes import cells: one that also does something else would do it there too."
+    "Building the site executes cells that import: what else stands in one would be run there too."
     for cell in nb.code:
-        if (
-            exported(cell)
-            or re.search(r'^#\|\s*eval:\s*false', cell['source'], re.M)
-            or 'nbdev_export' + '(' in cell['source']
-        ):
+        if exported(cell['source']) or directives(cell['source']).get('eval') == 'false':
             continue
-        nodes = tree(cell).body  # an import inside a function is not run there
-        imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
-        assert not imports or not any(
-            not isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes
-        ), f'{where(nb, cell)} imports and does something else'
+        kinds = {isinstance(node, IMPORTS) for node in tree(cell['source']).body}
+        assert kinds != {True, False}, f'{nb.where(cell)} imports and does something else'
 
 
-@notebook
+def public_definitions(nb):
+    "The functions and classes that a notebook exports."
+    for cell in nb.code:
+        nodes = tree(cell['source']).body if exported(cell['source']) else []
+        yield from (n for n in nodes if isinstance(n, DEFINITIONS) and n.name[0] != '_')
+
+
+@every_notebook
 def test_public_names_are_documented_and_tested(nb):
     "Each exported function and class has a docstring, and cells that are not exported use it."
-    used = '\n'.join(c['source'] for c in nb.code if not exported(c))
-    for cell in nb.code:
-        if not exported(cell):
-            continue
-        for node in tree(cell).body:
-            if not isinstance(
-                node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            ) or node.name.startswith('_'):
-                continue
-            if any(
-                getattr(d, 'id', getattr(getattr(d, 'func', None), 'id', '')) == 'patch'
-                for d in node.decorator_list
-            ):
-                continue
-            assert ast.get_docstring(node), f'{node.name} has no docstring'
-            assert re.search(rf'\b{node.name}\b', used), (
-                f'{node.name} is exported, but no cell of its notebook tries it'
-            )
-    if nb.module:
-        assert 'assert' in used, 'nothing is asserted'
+    used = '\n'.join(c['source'] for c in nb.code if not exported(c['source']))
+    for node in public_definitions(nb):
+        assert ast.get_docstring(node), f'{node.name} has no docstring'
+        tried = re.search(rf'\b{node.name}\b', used)
+        assert tried, f'{node.name} is exported, but no cell of its notebook tries it'
+    assert not nb.module or 'assert' in used, 'nothing is asserted'
 
 
-@notebook
-def test_imports_point_down(nb):
-    "A chapter imports earlier chapters and support; the support that chapters stand on imports no chapter."
-    if not nb.module:
-        return
-    by_module = {other.module: other for other in ALL.values() if other.module}
-    for cell in nb.code:
-        for node in ast.walk(tree(cell)):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or '').startswith(
-                'transformer_course.'
-            ):
-                continue
-            name = node.module.split('.')[1]
-            other = by_module.get(name)
-            assert not any(a.name == '*' for a in node.names), f'{where(nb, cell)}: star import'
-            if other is None or other is nb or nb.module in TOPS:
-                continue
-            if nb.number is not None and other.number is not None:
-                down = other.number < nb.number
-            elif nb.number is not None:
-                down = name not in TOPS or not exported(cell)
-            else:
-                down = (
-                    other.number is None
-                    and name not in TOPS
-                    or nb.module not in FOUNDATION
-                    or not exported(cell)
-                )
-            assert down, f'{where(nb, cell)} imports {name}'
-
-
-@notebook
+@every_notebook
 def test_library_needs_only_its_requirements(nb):
-    "Exported cells import nothing of the development tools, and matplotlib and IPython only inside functions."
+    "Exported cells need no development tools, and matplotlib and IPython only inside functions."
     for cell in nb.code:
-        if not exported(cell):
+        if not exported(cell['source']):
             continue
-        parsed = tree(cell)
-        top = {id(n) for n in parsed.body}
+        parsed = tree(cell['source'])
         for node in ast.walk(parsed):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or '']
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            banned = {'nbdev', 'fastcore', 'execnb', 'pytest'} | (
-                {'IPython', 'matplotlib'} if id(node) in top else set()
-            )
-            assert not {n.split('.')[0] for n in names} & banned, (
-                f'{where(nb, cell)} imports {names}'
-            )
-
-
-@chapter
-def test_prose_outweighs_code(nb):
-    words = sum(len(c['source'].split()) for c in nb.cells if c['cell_type'] == 'markdown')
-    code = sum(len(lines(c)) for c in nb.code)
-    assert words >= 3 * code, f'{words} words of prose for {code} lines of code'
+            if not isinstance(node, IMPORTS):
+                continue
+            names = [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            banned = {'nbdev', 'fastcore', 'execnb', 'pytest'}
+            banned |= {'IPython', 'matplotlib'} if node in parsed.body else set()
+            found = {name.split('.')[0] for name in names} & banned
+            assert not found, f'{nb.where(cell)} imports {found}'
 
 
 def test_modules_come_from_notebooks():
     "Every module is exported by exactly one notebook."
-    modules = [nb.module for nb in ALL.values() if nb.module]
+    package = ROOT / 'transformer_course'
+    modules = [nb.module for nb in ALL if nb.module]
     assert len(modules) == len(set(modules))
-    files = {p.stem for p in (ROOT / 'transformer_course').glob('*.py')} - {'__init__', '_modidx'}
+    paths = [p for p in package.rglob('*.py') if p.stem not in ('__init__', '_modidx')]
+    files = {'.'.join(p.relative_to(package).with_suffix('').parts) for p in paths}
     assert files == set(modules)

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from transformer_course.cli import make_parser, pick, settings as read_settings
+from transformer_course.cli import make_parser, settings as read_settings
+from transformer_course.flags import pick
 from transformer_course.data import CharTokenizer
 from transformer_course.gpt import GPT, GPTConfig, count_params
 from transformer_course.scaling import (
@@ -23,8 +24,10 @@ from transformer_course.scaling import (
     r_squared,
     saved_bytes,
 )
-from transformer_course.shards import prepare
-from transformer_course.training import TrainConfig, lr_factor, model_flops_per_token
+from transformer_course.prepare import prepare
+from transformer_course.optim import lr_factor
+from transformer_course.flops import model_flops_per_token
+from transformer_course.training import TrainConfig
 
 COMMAND = Path(sys.executable).with_name('transformer-course')
 SHRUNK = '--n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --max_iters 2 --eval_interval 1 --warmup_iters 1 --sample_tokens 5 --device cpu'.split()

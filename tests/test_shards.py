@@ -1,22 +1,27 @@
-"""Token shards: nothing lost, nothing twice, whatever the number of files, processes and lives; and errors that name the file."""
+"""Token shards: nothing lost, nothing twice, whatever the number of files, processes and lives;
+and errors that name the file.
+"""
 
-import hashlib, json, os, subprocess, sys
+import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import run_over_shards
+
 from transformer_course.data import CharTokenizer
-from transformer_course.parallel import Single, torchrun
-from transformer_course.shards import (
-    ShardBatches,
-    Shards,
-    ShardWriter,
-    epoch_windows,
-    hf_documents,
-    prepare,
-    read_index,
-    shuffled,
-    token_dtype,
-)
+from transformer_course.parallel import global_batch
+from transformer_course.prepare import hf_documents, prepare
+from transformer_course.processes import torchrun
+from transformer_course.shards import ShardBatches, Shards, ShardWriter, read_index
+from transformer_course.shuffle import epoch_windows, shuffled
+from transformer_course.strategy import SingleProcess
 from transformer_course.tokenizer import BPETokenizer
 
 DOCUMENTS = [f'document {i}: ' + 'abcdefgh'[i % 8] * (i % 23) + '\n' for i in range(300)]
@@ -43,10 +48,8 @@ def test_windows_of_large_epochs_stay_inside_and_differ(n, seed):
     places = np.unique(np.array([0, n // 3, n // 2, n - 1]))
     found = epoch_windows(places, n, seed)
     assert len(set(found)) == len(places) and 0 <= found.min() and found.max() < n
-    assert np.array_equal(
-        found,
-        np.concatenate([epoch_windows(places[i : i + 1], n, seed) for i in range(len(places))]),
-    ), 'a place is looked up by itself'
+    alone = [epoch_windows(places[i : i + 1], n, seed) for i in range(len(places))]
+    assert np.array_equal(found, np.concatenate(alone)), 'a place is looked up by itself'
 
 
 @given(st.lists(st.integers(0, 70_000), min_size=1, max_size=200), st.integers(1, 60), st.data())
@@ -56,13 +59,18 @@ def test_cuts_between_files_do_not_matter(tmp_path_factory, ids, shard_tokens, d
     a = data.draw(st.integers(0, len(ids) - 1))
     b = data.draw(st.integers(a + 1, len(ids)))
     assert len(shards) == len(ids) and shards.read(a, b).tolist() == ids[a:b]
-    assert [s['tokens'] for s in shards.index['shards']][:-1] == [shard_tokens] * (
-        -(-len(ids) // shard_tokens) - 1
-    )
+    *full, last = [s['tokens'] for s in shards.index['shards']]
+    assert set(full) <= {shard_tokens} and 0 < last <= shard_tokens
+
+
+def group(rank, world_size):
+    return SimpleNamespace(rank=rank, world_size=world_size)
 
 
 def deal(shards, lives, seed=7, block=4):
-    "The windows that a run of several lives sees: (batch size, processes, batches) for each; one generator goes through all."
+    """The windows that a run of several lives sees, by their first tokens.
+
+    A life is (batch size, processes, batches); one generator goes through all."""
     g, seen = torch.Generator().manual_seed(seed), []
     for batch_size, processes, times in lives:
         state = g.get_state()
@@ -70,18 +78,13 @@ def deal(shards, lives, seed=7, block=4):
         for rank in range(processes):
             g = torch.Generator()
             g.set_state(state)  # as a checkpoint gives it back
-            batch = ShardBatches(
-                shards, batch_size, block, SimpleNamespace(rank=rank, world_size=processes)
-            )
+            batch = ShardBatches(shards, batch_size, block, group(rank, processes))
             drawn.append([batch(g) for _ in range(times)])
         for x, y in (b for mine in drawn for b in mine):
             assert torch.equal(x[:, 1:], y[:, :-1])
-        seen += [
-            x[r, 0].item()
-            for t in range(times)
-            for r in range(batch_size // processes)
-            for x in (mine[t][0] for mine in drawn)
-        ]
+        for t in range(times):
+            parts = [mine[t][0][:, 0] for mine in drawn]  # (rows,) of each process
+            seen += torch.stack(parts, dim=1).flatten().tolist()  # rows go round the processes
     return seen
 
 
@@ -97,12 +100,10 @@ def deal(shards, lives, seed=7, block=4):
     ids=str,
 )
 def test_an_epoch_is_every_window_once(tmp_path, lives):
-    "96 windows of 4; a window is known by its first token. Any number of processes, changed on the way, and the batch size too."
+    "96 windows of 4; the number of processes changes on the way, and the batch size too."
     shards = write(tmp_path / 's', list(range(96 * 4 + 1)))
     assert sorted(deal(shards, lives)) == list(range(0, 96 * 4, 4))
-    assert deal(shards, lives) == deal(shards, [(96, 1, 1)]), (
-        'the order is that of one process, too'
-    )
+    assert deal(shards, lives) == deal(shards, [(96, 1, 1)]), 'the order is that of one process'
     assert deal(shards, lives, seed=8) != deal(shards, lives)
 
 
@@ -125,6 +126,15 @@ def test_a_batch_depends_on_the_generator_alone(tmp_path):
     assert torch.equal(batch(g)[0], second)
 
 
+def test_the_rows_are_those_of_the_global_batch(tmp_path):
+    shards = write(tmp_path / 's', list(range(500)))
+    for rank in range(3):
+        mine = ShardBatches(shards, 6, 8, group(rank, 3))
+        cut = global_batch(ShardBatches(shards, 6, 8), group(rank, 3))
+        a, b = (batch(torch.Generator().manual_seed(2)) for batch in (mine, cut))
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
 def test_the_counter_says_when_it_is_full(tmp_path):
     batch = ShardBatches(write(tmp_path / 's', list(range(50))), 3, 8)
     with pytest.raises(ValueError, match='last that can be counted'):
@@ -141,23 +151,20 @@ def test_prepare_loses_nothing_and_repeats_itself(tmp_path, tokenizer):
         prepare(
             tmp_path / name, iter(DOCUMENTS), tokenizer, val_fraction=0.1, seed=3, shard_tokens=400
         )
-    a, b = (
-        sorted(
-            (p.relative_to(tmp_path / name), hashlib.sha256(p.read_bytes()).digest())
-            for p in (tmp_path / name).rglob('*.*')
-        )
-        for name in 'ab'
-    )
-    assert a == b and len(a) > 5
-    texts = [
-        tokenizer.decode(s.read(0, len(s)).tolist()).replace('<|endoftext|>', '')
-        for s in (Shards(tmp_path / 'a' / part, verify=True) for part in ('train', 'val'))
-    ]
-    assert sorted(''.join(texts).splitlines()) == sorted(''.join(DOCUMENTS).splitlines())
+    files = {}
+    for name in 'ab':
+        paths = sorted((tmp_path / name).rglob('*.*'))
+        files[name] = [(p.relative_to(tmp_path / name), p.read_bytes()) for p in paths]
+    assert files['a'] == files['b'] and len(files['a']) > 5
+    text = ''
+    for part in ('train', 'val'):
+        shards = Shards(tmp_path / 'a' / part, verify=True)
+        text += tokenizer.decode(shards.read(0, len(shards)).tolist())
+    lines = text.replace('<|endoftext|>', '').splitlines()
+    assert sorted(lines) == sorted(''.join(DOCUMENTS).splitlines())
     prepare(tmp_path / 'c', iter(DOCUMENTS), tokenizer, val_fraction=0.1, seed=4)
-    assert (tmp_path / 'c/val/00000.bin').read_bytes() != (
-        tmp_path / 'a/val/00000.bin'
-    ).read_bytes()
+    first, other = (tmp_path / name / 'val/00000.bin' for name in 'ac')
+    assert first.read_bytes() != other.read_bytes()
 
 
 def test_a_prepare_that_dies_leaves_no_folder(tmp_path):
@@ -167,7 +174,7 @@ def test_a_prepare_that_dies_leaves_no_folder(tmp_path):
 
     with pytest.raises(RuntimeError):
         prepare(tmp_path / 'data', documents(), CHARS, val_fraction=0.1)
-    assert not (tmp_path / 'data').exists()
+    assert not list(tmp_path.iterdir())
     prepare(tmp_path / 'data', DOCUMENTS, CHARS, val_fraction=0.1)
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
@@ -220,7 +227,7 @@ def test_damage_is_named(tmp_path, how, words):
     [
         (lambda s, d: ShardBatches(s, 0, 4), ['batch_size=0']),
         (
-            lambda s, d: ShardBatches(s, 5, 4, SimpleNamespace(rank=0, world_size=2)),
+            lambda s, d: ShardBatches(s, 5, 4, group(0, 2)),
             ['batch_size=5', '2 processes', 'example 4'],
         ),
         (lambda s, d: ShardBatches(s, 1, 120), ['120 tokens', 'block_size=120']),
@@ -244,76 +251,52 @@ def test_datasets_streams_into_shards(tmp_path):
     "The package itself, on a local file; skipped where it is not installed."
     pytest.importorskip('datasets')
     (tmp_path / 'plain.txt').write_text(''.join(DOCUMENTS))
-    prepare(
-        tmp_path / 'data',
-        hf_documents('text', how=dict(data_files=str(tmp_path / 'plain.txt'))),
-        CHARS,
-        val_fraction=0.1,
-    )
+    documents = hf_documents('text', how=dict(data_files=str(tmp_path / 'plain.txt')))
+    prepare(tmp_path / 'data', documents, CHARS, val_fraction=0.1)
     assert read_index(tmp_path / 'data/train')['tokens'] > 1000
 
 
-COMMON = '''
-import json, os, signal, sys, torch
+KILLED = """
+import json, os, sys
 from pathlib import Path
+from small_runs import run_over_shards as run
 from transformer_course import parallel as P
-from transformer_course.gpt import GPT, GPTConfig
-from transformer_course.shards import ShardBatches, Shards
-from transformer_course.training import TrainConfig, train
+from transformer_course.sharded import FullySharded
 
-def run(folder, parallel, out=None, resume=False, fatal=None):
-    batch, seen = ShardBatches(Shards(folder), 4, 8, parallel), []
-    def watched(g):
-        if fatal == len(seen): os.kill(os.getpid(), signal.SIGKILL)
-        x, y = batch(g)
-        seen.append(x[:, 0].tolist())
-        return x, y
-    model = GPT(GPTConfig(block_size=8, vocab_size=400, n_layer=1, n_head=2, n_embd=16), torch.Generator().manual_seed(1))
-    config = TrainConfig(max_iters=10, gradient_accumulation_steps=2, eval_interval=4, warmup_iters=2, grad_clip=0.5)
-    return dict(losses=train(model, watched, config, folder=out, resume=resume, parallel=parallel).losses, seen=seen)
-'''
-exec(COMMON)
-KILLED = '''
 tmp, life = Path(sys.argv[1]), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+out, text = tmp / 'out', tmp / 's'
 with P.together('ddp', 'cpu') as ddp:
-    found = dict(life=life, killed=run(tmp / 's', ddp, tmp / 'out', P.should_resume(tmp / 'out'), fatal=11 if life == 0 and ddp.rank else None))
-    found['unbroken'] = run(tmp / 's', ddp)
-    found['fsdp'] = run(tmp / 's', P.Sharded(ddp.device, ddp.store))
+    fatal = 11 if life == 0 and ddp.rank else None
+    found = dict(life=life, killed=run(text, ddp, out, P.should_resume(out), fatal))
+    found['unbroken'] = run(text, ddp)
+    found['fsdp'] = run(text, FullySharded(ddp.device, ddp.store))
     (tmp / f'rank{ddp.rank}.json').write_text(json.dumps(found))
-'''
+"""
 
 
 def test_two_processes_over_shards_and_one_killed(tmp_path):
-    "40 windows read in 10 updates of 2 x 4 rows: two epochs. One process is killed in the sixth update; nothing is repeated or lost."
+    """40 windows read in 10 updates of 2 x 4 rows: two epochs, nothing repeated or lost.
+
+    One process is killed in the sixth update."""
     write(tmp_path / 's', list(range(40 * 8 + 1)), shard_tokens=100, vocab_size=400)
-    (tmp_path / 'script.py').write_text(COMMON + KILLED)
-    env = {k: v for k, v in os.environ.items() if k != 'GLOO_SOCKET_IFNAME'} | dict(
-        OMP_NUM_THREADS='1', TQDM_DISABLE='1'
-    )
-    done = subprocess.run(
-        torchrun(tmp_path / 'script.py', tmp_path, max_restarts=1),
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    (tmp_path / 'script.py').write_text(KILLED)
+    env = {k: v for k, v in os.environ.items() if k != 'GLOO_SOCKET_IFNAME'}
+    path = os.pathsep.join([str(Path(__file__).parent), env.get('PYTHONPATH', '')])
+    env |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', PYTHONPATH=path.rstrip(os.pathsep))
+    command = torchrun(tmp_path / 'script.py', tmp_path, max_restarts=1)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks, alone = (
-        [json.loads((tmp_path / f'rank{r}.json').read_text()) for r in (0, 1)],
-        run(tmp_path / 's', Single()),
-    )
-    for rank, found in enumerate(ranks):
-        assert found['life'] == 1 and found['killed']['losses'] == found['unbroken']['losses']
-        assert found['killed']['seen'] == found['unbroken']['seen'][8:], (
-            'the second life begins at the checkpoint, after 4 updates of 2 batches'
-        )
-        assert (
-            found['unbroken']['seen']
-            == found['fsdp']['seen']
-            == [rows[rank::2] for rows in alone['seen']]
-        )
-        for how in ('unbroken', 'fsdp'):
-            torch.testing.assert_close(found[how]['losses'], alone['losses'], rtol=3e-6, atol=0)
+    alone = run_over_shards(tmp_path / 's', SingleProcess())
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f'rank{rank}.json').read_text())
+        killed, unbroken, fsdp = (found[name] for name in ('killed', 'unbroken', 'fsdp'))
+        assert found['life'] == 1 and killed['losses'] == unbroken['losses']
+        # the second life begins at the checkpoint, after 4 updates of 2 batches
+        assert killed['seen'] == unbroken['seen'][8:]
+        rows = [batch[rank::2] for batch in alone['seen']]
+        assert unbroken['seen'] == fsdp['seen'] == rows
+        for how in (unbroken, fsdp):
+            torch.testing.assert_close(how['losses'], alone['losses'], rtol=3e-6, atol=0)
     whole = [w for rows in alone['seen'] for w in rows]
     for epoch in (whole[:40], whole[40:]):
         assert sorted(epoch) == list(range(0, 320, 8))

@@ -1,89 +1,76 @@
 "The wheel works outside the repository, and all places agree on the version."
 
-import configparser, re, shutil, subprocess, sys, sysconfig, venv, zipfile
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
 import pytest
+from cells import settings
 from conftest import ROOT
 
-
-def settings():
-    config = configparser.ConfigParser(delimiters=['='])
-    config.read(ROOT / 'settings.ini', encoding='utf-8')
-    return config['DEFAULT']
+PACKAGE = ROOT / 'transformer_course'
+SOURCES = 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'
+QUIET = '--quiet', '--disable-pip-version-check', '--no-deps'
 
 
 def run(*command, **kw):
-    done = subprocess.run(
-        [str(c) for c in command],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-        **kw,
-    )
+    "What a command prints; it must succeed."
+    command = [str(part) for part in command]
+    quiet = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    done = subprocess.run(command, **quiet, **kw)
     assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
     return done.stdout
+
+
+def modules():
+    "Every module of the package, as its name says it: 'transformer_course.course.claims'."
+    paths = [p for p in PACKAGE.rglob('*.py') if p.stem not in ('__init__', '_modidx')]
+    return sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in paths)
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     "A wheel built from a copy of the sources, so that no build folder is left in the repository."
     source = tmp_path_factory.mktemp('source')
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source / name)
-    shutil.copytree(
-        ROOT / 'transformer_course',
-        source / 'transformer_course',
-        ignore=shutil.ignore_patterns('__pycache__'),
-    )
-    run(
-        sys.executable,
-        '-m',
-        'pip',
-        'wheel',
-        '--quiet',
-        '--disable-pip-version-check',
-        '--no-deps',
-        '--no-build-isolation',
-        '-w',
-        source / 'dist',
-        source,
-    )
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source / name)
+    skip = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=skip)
+    pip = sys.executable, '-m', 'pip'
+    run(*pip, 'wheel', *QUIET, '--no-build-isolation', '-w', source / 'dist', source)
     return next((source / 'dist').glob('*.whl'))
 
 
 @pytest.fixture(scope='module')
 def python(wheel, tmp_path_factory):
-    "A fresh environment with the wheel in it; the requirements are borrowed from this environment, the editable install is not."
+    """A fresh environment with the wheel in it.
+
+    The requirements are borrowed from this environment, the editable install is not.
+    """
     home = tmp_path_factory.mktemp('elsewhere')
     venv.EnvBuilder(with_pip=False, symlinks=True).create(home / 'venv')
     python = home / 'venv' / 'bin' / 'python'
-    run(
-        sys.executable,
-        '-m',
-        'pip',
-        '--python',
-        python,
-        'install',
-        '--quiet',
-        '--disable-pip-version-check',
-        '--no-deps',
-        '--no-index',
-        wheel,
-    )
+    pip = sys.executable, '-m', 'pip', '--python', python
+    run(*pip, 'install', *QUIET, '--no-index', wheel)
     site = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
-    # a path in a .pth file is searched, but the .pth files in it (the editable install's among them) are not read
+    # a path in a .pth file is searched, but the .pth files in it are not read, and the editable
+    # install is one of them
+    borrowed = {sysconfig.get_path('purelib'): 1, sysconfig.get_path('platlib'): 1}
     with open(f'{site}/borrowed.pth', 'w') as f:
-        f.write(
-            '\n'.join(dict.fromkeys([sysconfig.get_path('purelib'), sysconfig.get_path('platlib')]))
-        )
+        f.write('\n'.join(borrowed))
     return python
 
 
 def test_contents(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    modules = {f'transformer_course/{p.name}' for p in (ROOT / 'transformer_course').glob('*.py')}
-    assert modules <= set(names)
+    "Every module, every file of data, the licence, and nothing else."
+    names = set(zipfile.ZipFile(wheel).namelist())
+    kept = [p for p in PACKAGE.rglob('*') if p.suffix in ('.py', '.json')]
+    assert {p.relative_to(ROOT).as_posix() for p in kept} <= names
+    assert 'transformer_course/course/claims.json' in names
     assert all(n.startswith(('transformer_course/', 'transformer_course-')) for n in names)
     assert any(n.endswith('LICENSE') for n in names)
 
@@ -91,35 +78,36 @@ def test_contents(wheel):
 def test_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     text = archive.read(next(n for n in archive.namelist() if n.endswith('METADATA'))).decode()
-    needed = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', text, re.M)
-    assert {'torch', 'numpy', 'safetensors', 'tiktoken'} <= set(needed)
-    assert not {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'pytest'} & set(needed), (
-        'development tools are extras'
-    )
+    needed = set(re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', text, re.M))
+    assert {'torch', 'numpy', 'safetensors', 'tiktoken'} <= needed
+    tools = {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'pytest', 'ruff'}
+    assert not tools & needed, 'development tools are extras'
 
 
 def test_versions_agree(wheel, python, tmp_path):
-    code = 'import transformer_course, importlib.metadata as m; print(transformer_course.__version__, m.version("transformer_course"))'
+    code = '''import importlib.metadata, transformer_course
+print(transformer_course.__version__, importlib.metadata.version("transformer_course"))'''
     version = settings()['version']
     assert run(python, '-c', code, cwd=tmp_path).split() == [version, version]
     assert wheel.name.startswith(f'transformer_course-{version}-')
 
 
 def test_every_module_imports_elsewhere(python, tmp_path):
-    modules = sorted(
-        p.stem
-        for p in (ROOT / 'transformer_course').glob('*.py')
-        if p.stem not in ('__init__', '_modidx')
-    )
     code = f'''
 import importlib, sys
-for name in {modules}:
-    module = importlib.import_module('transformer_course.' + name)
+for name in {modules()}:
+    module = importlib.import_module(name)
     assert module.__file__.startswith(sys.prefix), module.__file__
 heavy = sorted({{'nbdev', 'fastcore', 'IPython', 'matplotlib', 'transformers'}} & set(sys.modules))
 assert not heavy, f'imported without need: {{heavy}}'
 '''
     run(python, '-W', 'error::DeprecationWarning:transformer_course', '-c', code, cwd=tmp_path)
+
+
+def test_the_list_of_claims_is_there(python, tmp_path):
+    "A list is data: without it in the wheel, the ledger could not be imported."
+    code = 'from transformer_course.course.ledger import CLAIMS; print(len(CLAIMS))'
+    assert int(run(python, '-c', code, cwd=tmp_path)) >= 45
 
 
 def test_command(python, tmp_path):

@@ -62,6 +62,7 @@ class BigramLanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int):  # V
         super().__init__()
+        self.config = dict(vocab_size=vocab_size)  # what a checkpoint needs to make it again
         self.table = nn.Embedding(vocab_size, vocab_size)
         nn.init.zeros_(self.table.weight)  # all equally likely: the loss starts at exactly ln V
 

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import TensorFile, verified_checkpoint
-from .gpt import GPT, GPTConfig, config_from_dict
+from .checkpoint import verified_checkpoint
+from .tensors import TensorFile
+from .gpt import GPT, GPTConfig
+from .settings import config_from_dict
 
 # %% ../nbs/support/int8.ipynb #9a2a7dc3
 def quantize_rows(

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from .block import ACTIVATIONS
 from .gpt import GPTConfig, count_params
-from .training import TrainConfig, model_flops_per_token, orthogonalize
+from .optim import orthogonalize
+from .flops import model_flops_per_token
+from .training import TrainConfig
 
 # %% ../nbs/11_scaling.ipynb #1b7b89a1
 def block_params(config: GPTConfig) -> int:

@@ -4,35 +4,33 @@
 
 # %% auto #0
 __all__ = ['SHARDS_FORMAT', 'token_dtype', 'ShardFile', 'checked_ids', 'ShardWriter', 'read_index', 'check_shard', 'Shards',
-           'document_encoder', 'tokenizer_from', 'gpt2_tokenizer', 'prepare', 'hf_documents', 'prepare_hf', 'stir',
-           'shuffled', 'epoch_windows', 'ShardBatches']
+           'ShardBatches']
 
 # %% ../nbs/support/shards.ipynb #41bb884d
 import functools
 import hashlib
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import write_atomically
-from .data import CharTokenizer
-from .plots import progress
-from .sources import gpt2_encoding
-from .tokenizer import BPETokenizer
-from .training import Single
+from .files import checksum, write_file
+from .processes import own_rows
+from .shuffle import epoch_windows
+from .strategy import SingleProcess
 
 # %% ../nbs/support/shards.ipynb #72117d40
-def token_dtype(vocab_size: int) -> np.dtype:  # 2 or 4 bytes, smallest first
+def token_dtype(
+    vocab_size: int,  # V
+) -> np.dtype:  # 2 or 4 bytes, smallest first
     "The smallest whole numbers that hold every id."
     if not 1 <= vocab_size <= 2**32:
         raise ValueError(
-            f'vocab_size={vocab_size} must be between 1 and {2**32:,}: ids are stored in at most four bytes'
+            f'vocab_size={vocab_size} must be between 1 and {2**32:,}: '
+            'ids are stored in at most four bytes'
         )
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
@@ -60,20 +58,18 @@ class ShardFile:
 SHARDS_FORMAT = 1
 
 
-def checked_ids(ids, vocab_size: int) -> np.ndarray:  # (n,) 64-bit
+def checked_ids(
+    ids,  # a list of ids, or an array
+    vocab_size: int,  # V
+) -> np.ndarray:  # (n,) 64-bit
     "Ids as an array; one that is not in the vocabulary raises a `ValueError`."
     ids = np.asarray(ids, dtype=np.int64)
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(
-            f'ids run from {ids.min()} to {ids.max()}, but vocab_size={vocab_size}: use the tokenizer with this vocabulary'
+            f'ids run from {ids.min()} to {ids.max()}, but vocab_size={vocab_size}: '
+            'use the tokenizer with this vocabulary'
         )
     return ids
-
-
-def _write_index(folder: Path, what: dict) -> dict:  # what is in index.json
-    index = dict(format=SHARDS_FORMAT, tokens=sum(s['tokens'] for s in what['shards'])) | what
-    (folder / 'index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
-    return index
 
 # %% ../nbs/support/shards.ipynb #96491aa8
 class ShardWriter:
@@ -87,21 +83,15 @@ class ShardWriter:
     ):
         if shard_tokens < 1:
             raise ValueError(f'shard_tokens={shard_tokens} must be at least 1')
-        self.folder, self.vocab_size, self.shard_tokens, self.dtype = (
-            Path(folder),
-            vocab_size,
-            shard_tokens,
-            token_dtype(vocab_size),
-        )
-        self.shards, self.file = [], None
+        self.folder, self.vocab_size, self.shard_tokens = Path(folder), vocab_size, shard_tokens
+        self.dtype, self.shards, self.file = token_dtype(vocab_size), [], None
         self.folder.mkdir(parents=True)
 
     def add(self, ids) -> None:  # a list of ids, or an array
         ids = checked_ids(ids, self.vocab_size)
         while len(ids):
-            self.file = self.file or ShardFile(
-                self.folder / f'{len(self.shards):05d}.bin', self.dtype
-            )
+            name = f'{len(self.shards):05d}.bin'
+            self.file = self.file or ShardFile(self.folder / name, self.dtype)
             piece, ids = np.split(ids, [self.shard_tokens - self.file.tokens])
             self.file.add(piece)
             if self.file.tokens == self.shard_tokens:
@@ -113,46 +103,46 @@ class ShardWriter:
         self.file = None
 
     def close(
-        self, about: dict | None = None
-    ) -> dict:  # the index; `about` is kept in it: where the text came from
+        self,
+        about: dict | None = None,  # kept in the index: where the text came from
+    ) -> dict:  # the index
         self.finish()
-        return _write_index(
-            self.folder,
-            dict(
-                vocab_size=self.vocab_size,
-                dtype=self.dtype.name,
-                shards=self.shards,
-                about=about or {},
-            ),
-        )
+        index = dict(format=SHARDS_FORMAT, tokens=sum(s['tokens'] for s in self.shards))
+        index |= dict(vocab_size=self.vocab_size, dtype=self.dtype.name)
+        index |= dict(shards=self.shards, about=about or {})
+        write_file(self.folder / 'index.json', json.dumps(index, indent=1))
+        return index
 
 # %% ../nbs/support/shards.ipynb #b1d54665
-def read_index(folder: str | Path) -> dict:  # what `ShardWriter.close` returned
+def read_index(
+    folder: str | Path,  # of shards
+) -> dict:  # what `ShardWriter.close` returned
     "A folder's index, checked; a missing or damaged one raises a `ValueError`."
     path = Path(folder) / 'index.json'
     if not path.is_file():
         raise ValueError(
-            f'{str(folder)!r} has no index.json: write token shards with prepare, or name the folder that holds them'
+            f'{str(folder)!r} has no index.json: '
+            'write token shards with prepare, or name the folder that holds them'
         )
     try:
         index = json.loads(path.read_text(encoding='utf-8'))
         version, dtype = index['format'], np.dtype(index['dtype']).newbyteorder('<')
-        if version == SHARDS_FORMAT and (
-            dtype != token_dtype(index['vocab_size'])
-            or sum(s['tokens'] for s in index['shards']) != index['tokens']
-        ):
-            raise ValueError
+        sound = (
+            dtype == token_dtype(index['vocab_size'])
+            and sum(s['tokens'] for s in index['shards']) == index['tokens']
+        )
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f'{str(path)!r} is damaged: use another copy, or prepare the shards again'
-        ) from None
+        version, sound = SHARDS_FORMAT, False
     if version != SHARDS_FORMAT:
         raise ValueError(
-            f'{str(path)!r} has format {version}, this version reads {SHARDS_FORMAT}: prepare the shards again'
+            f'{str(path)!r} has format {version}, this version reads {SHARDS_FORMAT}: '
+            'prepare the shards again'
         )
+    if not sound:
+        raise ValueError(f'{str(path)!r} is damaged: use another copy, or prepare the shards again')
     return index
 
-
+# %% ../nbs/support/shards.ipynb #09b82b9b
 def check_shard(
     path: Path,  # a file of ids
     about: dict,  # its entry in the index: tokens, sha256
@@ -166,15 +156,7 @@ def check_shard(
     size, right = path.stat().st_size, about['tokens'] * itemsize
     if size != right:
         raise ValueError(f'shard {str(path)!r} has {size:,} bytes instead of {right:,}: {mend}')
-    if not verify:
-        return
-    with open(path, 'rb') as f:
-        sha = functools.reduce(
-            lambda h, piece: h.update(piece) or h,
-            iter(lambda: f.read(1 << 24), b''),
-            hashlib.sha256(),
-        )
-    if sha.hexdigest() != about['sha256']:
+    if verify and checksum(path) != about['sha256']:
         raise ValueError(f'shard {str(path)!r} was changed (its checksum is wrong): {mend}')
 
 # %% ../nbs/support/shards.ipynb #725ec5b6
@@ -187,16 +169,13 @@ class Shards:
         verify: bool = False,  # read everything once and compare checksums
     ):
         self.folder, self.index = Path(folder), read_index(folder)
-        self.dtype, self.vocab_size = (
-            token_dtype(self.index['vocab_size']),
-            self.index['vocab_size'],
-        )
-        for s in self.index['shards']:
+        self.vocab_size = self.index['vocab_size']
+        self.dtype, shards = token_dtype(self.vocab_size), self.index['shards']
+        for s in shards:
             check_shard(self.folder / s['file'], s, self.dtype.itemsize, verify)
-        self.ends = np.cumsum([s['tokens'] for s in self.index['shards']], dtype=np.int64)
-        self.map = functools.lru_cache(maxsize=64)(
-            self._map
-        )  # a process may hold only so many files open
+        self.ends = np.cumsum([s['tokens'] for s in shards], dtype=np.int64)
+        # a process may hold only so many files open
+        self.map = functools.lru_cache(maxsize=64)(self._map)
 
     def __len__(self) -> int:
         return self.index['tokens']
@@ -207,217 +186,55 @@ class Shards:
     def read(self, start: int, stop: int) -> np.ndarray:  # (stop - start,) 64-bit ids
         if not 0 <= start < stop <= len(self):
             raise ValueError(
-                f'tokens {start} to {stop} were asked for, but there are {len(self)}: 0 <= start < stop <= {len(self)}'
+                f'tokens {start} to {stop} were asked for, but there are {len(self)}: '
+                f'0 <= start < stop <= {len(self)}'
             )
         parts = []
-        for i in range(
-            np.searchsorted(self.ends, start, 'right'), np.searchsorted(self.ends, stop, 'left') + 1
-        ):
+        first_file = np.searchsorted(self.ends, start, 'right')
+        last_file = np.searchsorted(self.ends, stop, 'left')
+        for i in range(first_file, last_file + 1):
             first = int(self.ends[i - 1]) if i else 0
             parts.append(self.map(i)[max(start - first, 0) : stop - first])
         return np.concatenate(parts).astype(np.int64)
 
-# %% ../nbs/support/shards.ipynb #32e0af65
-def document_encoder(tokenizer: CharTokenizer | BPETokenizer):  # a function: text -> list of ids
-    "How a document becomes ids, with the end of the document if the tokenizer has a token for it."
-    if not isinstance(tokenizer, BPETokenizer):
-        return tokenizer.encode
-    fast, end = tokenizer.to_tiktoken(), tokenizer.special_tokens.get('<|endoftext|>')
-    return lambda text: fast.encode_ordinary(text) + ([] if end is None else [end])
-
-
-def tokenizer_from(
-    saved: dict,
-) -> CharTokenizer | BPETokenizer:  # from what `tokenizer.save` wrote, as JSON
-    "A tokenizer of either kind."
-    if saved.get('kind') == 'char':
-        return CharTokenizer(saved['chars'])
-    if saved.get('kind') == 'bpe':
-        return BPETokenizer([t.encode('latin-1') for t in saved['tokens']], saved['special_tokens'])
-    raise ValueError(
-        f'a tokenizer of the kind {saved.get("kind")!r} is not known: it must be char or bpe'
-    )
-
-
-def gpt2_tokenizer() -> BPETokenizer:
-    "GPT-2's 50,257 tokens as a `BPETokenizer`."
-    gpt2 = gpt2_encoding()
-    return BPETokenizer(
-        [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab - 1)], ['<|endoftext|>']
-    )
-
-# %% ../nbs/support/shards.ipynb #93c3b4a6
-def prepare(
-    folder: str | Path,  # made: train, val and tokenizer.json
-    documents: Iterable[str],  # one text after the other; only one is in memory
-    tokenizer: CharTokenizer | BPETokenizer,  # see `document_encoder`
-    *,
-    val_fraction: float = 0.0005,  # share of the documents held out; nanoGPT's
-    seed: int = 0,  # decides which
-    shard_tokens: int = 250_000_000,  # tokens in a file
-    about: dict | None = None,  # kept in the index: where the documents came from
-) -> dict[str, int]:  # tokens in train and val
-    "Write documents as token shards, in one pass."
-    folder, encode, dice, counts = (
-        Path(folder),
-        document_encoder(tokenizer),
-        random.Random(seed),
-        {},
-    )
-    if folder.exists():
-        raise ValueError(f'folder={str(folder)!r} exists: choose another one, or delete it first')
-    if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction={val_fraction} must lie between 0 and 1')
-
-    def write(to):
-        writers = {
-            name: ShardWriter(to / name, tokenizer.vocab_size, shard_tokens)
-            for name in ('train', 'val')
-        }
-        for text in progress(documents, desc='documents'):
-            writers['val' if dice.random() < val_fraction else 'train'].add(encode(text))
-        for name, writer in writers.items():
-            counts[name] = writer.close(about)['tokens']
-            if not counts[name]:
-                raise ValueError(
-                    f'documents left nothing for {name}: give more documents, or another val_fraction than {val_fraction}'
-                )
-        tokenizer.save(to / 'tokenizer.json')
-
-    write_atomically(folder, write)
-    return counts
-
-# %% ../nbs/support/shards.ipynb #03433264
-def hf_documents(
-    name: str,  # of a data set on the hub, such as 'Skylion007/openwebtext'
-    column: str = 'text',  # which holds the documents
-    split: str = 'train',  # of the data set
-    how: dict
-    | None = None,  # for `datasets.load_dataset`: name='sample-10BT', data_files=..., revision=...
-) -> Iterator[str]:
-    "The documents of a data set of the Hugging Face hub, streamed."
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f'name={name!r} needs the package datasets: pip install datasets, or hand your own documents to prepare'
-        ) from None
-    for row in load_dataset(name, split=split, streaming=True, **(how or {})):
-        if column not in row:
-            raise ValueError(f'column={column!r} is not in {name!r}: it has {", ".join(row)}')
-        yield row[column]
-
-
-def prepare_hf(
-    name: str,  # of a data set on the hub
-    folder: str | Path,  # made: train, val and tokenizer.json
-    tokenizer: CharTokenizer | BPETokenizer | None = None,  # default: GPT-2's
-    column: str = 'text',  # which holds the documents
-    how: dict | None = None,  # for `datasets.load_dataset`: name='sample-10BT', ...
-    **settings,  # of `prepare`
-) -> dict[str, int]:  # tokens in train and val
-    "`prepare` for a data set of the Hugging Face hub."
-    about = dict(source=name, column=column, **(how or {}))
-    return prepare(
-        folder,
-        hf_documents(name, column, how=how),
-        tokenizer or gpt2_tokenizer(),
-        about=about,
-        **settings,
-    )
-
-# %% ../nbs/support/shards.ipynb #00eaa221
-def stir(
-    x: np.ndarray,  # (...) unsigned 64-bit
-    key: int,  # another key, another function
-) -> np.ndarray:  # (...) unsigned 64-bit, every bit depending on all of x and of the key
-    "The last part of splitmix64 (Steele 2014)."
-    x = np.atleast_1d(np.asarray(x, np.uint64)) + np.uint64(key % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-# %% ../nbs/support/shards.ipynb #5426bf15
-def shuffled(
-    places: np.ndarray,  # (...,) places in the order, each from 0 to n - 1
-    n: int,  # how many there are
-    key: int,  # another key, another order
-) -> np.ndarray:  # (...,) what stands at these places: each number from 0 to n - 1 once
-    "A permutation of n things that is computed where asked: four Feistel rounds, walked until the result is below n."
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    x = np.array(places, np.uint64, ndmin=1)
-    walking = np.ones(x.shape, bool)
-    while walking.any():
-        left, right = x[walking] >> half, x[walking] & mask
-        for r in range(4):
-            left, right = right, left ^ (stir(right, key + r * 0x9E3779B97F4A7C15) & mask)
-        x[walking] = left << half | right
-        walking[walking] = x[walking] >= n
-    return x.astype(np.int64)
-
-# %% ../nbs/support/shards.ipynb #06f7d197
-def epoch_windows(
-    places: np.ndarray,  # (m,) places in the order since the start of the run
-    n: int,  # windows in an epoch
-    seed: int,  # of the run
-) -> np.ndarray:  # (m,) the windows there
-    "Which windows come at these places: each of n once an epoch, every epoch in another order."
-    epochs, out = places // n, np.empty_like(places)
-    for e in np.unique(epochs):
-        out[epochs == e] = shuffled(
-            places[epochs == e] % n, n, stir(seed, stir(e, 0).item()).item()
-        )
-    return out
-
 # %% ../nbs/support/shards.ipynb #bb8ef1fb
 class ShardBatches:
-    "`batch(generator)` for `train`: windows in shuffled order, each once an epoch. The position is kept in the generator's seed."
+    "`batch(generator)` for `train`: windows in shuffled order; the position is in the generator."
 
     def __init__(
         self,
         shards: Shards,  # the training part
         batch_size: int,  # B, windows a batch, over all processes
         block_size: int,  # T, tokens a window
-        parallel: Single | None = None,  # which process this is, and of how many; default: one
+        parallel: SingleProcess | None = None,  # which process this is, and of how many
         device: str | torch.device = 'cpu',  # where x and y are put
     ):
-        rank, n = (parallel.rank, parallel.world_size) if parallel else (0, 1)
         if min(batch_size, block_size) < 1:
             raise ValueError(
                 f'batch_size={batch_size} and block_size={block_size} must both be at least 1'
             )
-        if batch_size % n:
-            raise ValueError(
-                f'batch_size={batch_size} cannot be shared by {n} processes: make it a multiple, for example {max(1, batch_size // n) * n}'
-            )
-        self.shards, self.batch_size, self.block_size, self.device = (
-            shards,
-            batch_size,
-            block_size,
-            device,
-        )
-        self.rows, self.n = (
-            np.arange(rank, batch_size, n),
-            (len(shards) - 1) // block_size,
-        )  # this process's rows of a batch; windows
+        self.shards, self.batch_size, self.block_size = shards, batch_size, block_size
+        self.device, self.n = device, (len(shards) - 1) // block_size  # n windows in an epoch
+        self.rows = np.arange(batch_size)[own_rows(batch_size, parallel or SingleProcess())]
         if self.n < 1:
             raise ValueError(
-                f'the shards in {str(shards.folder)!r} have {len(shards)} tokens, too few for block_size={block_size}: prepare more text, or choose a smaller block_size'
+                f'the shards in {str(shards.folder)!r} have {len(shards)} tokens, too few for '
+                f'block_size={block_size}: prepare more text, or choose a smaller block_size'
             )
 
     def __call__(
-        self, generator: torch.Generator
+        self,
+        generator: torch.Generator,  # its seed: how many windows were dealt out, and the run's seed
     ) -> tuple[Tensor, Tensor]:  # x and y, both (B / processes, T)
         position, seed = divmod(generator.initial_seed(), 2**32)
         after, T = position + self.batch_size, self.block_size
         if after >= 2**32:
             raise ValueError(
-                f'window {position} is the last that can be counted: choose a larger block_size, or a seed from 0 to {2**32 - 1}'
+                f'window {position} is the last that can be counted: '
+                f'choose a larger block_size, or a seed from 0 to {2**32 - 1}'
             )
         generator.manual_seed((after << 32) + seed)
-        starts = (epoch_windows(position + self.rows, self.n, seed) * T).tolist()
-        rows = torch.from_numpy(
-            np.stack([self.shards.read(s, s + T + 1) for s in starts])
-        )  # (B, T+1)
+        starts = epoch_windows(position + self.rows, self.n, seed) * T
+        windows = [self.shards.read(s, s + T + 1) for s in starts.tolist()]
+        rows = torch.from_numpy(np.stack(windows))  # (B, T+1)
         return rows[:, :-1].to(self.device), rows[:, 1:].to(self.device)

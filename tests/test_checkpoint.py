@@ -1,0 +1,237 @@
+"""Checkpoints: every model of the course comes back by its name, no stranger's module is imported,
+and a failure leaves the old one."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from transformer_course import checkpoint, files
+from transformer_course.checkpoint import (
+    MODELS,
+    build_model,
+    load_model,
+    read_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from transformer_course.gpt import GPT, GPTConfig
+
+SHAPE = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+GPTS = [
+    dict(),
+    dict(position='rotary', norm='rms', activation='silu', gated=True, bias=False, n_kv_head=1),
+    dict(position='sinusoidal', tie_weights=False, embed_norm='plain', smear=True),
+    dict(position='alibi', norm='plain', norm_first=False, window=4, n_inner=24),
+]
+
+
+def weights(seed=0, **kw):
+    return GPT(GPTConfig(**(SHAPE | kw)), torch.Generator().manual_seed(seed))
+
+
+ARGUMENTS = dict(  # of the smallest model of each class
+    BigramLanguageModel=dict(vocab_size=5),
+    ExpertGPT=SHAPE | dict(n_experts=3, top_k=2),
+    GPT=SHAPE,
+    InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
+    MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
+    RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
+    Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
+)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    "Whether two models have the same names and bits."
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_model_of_the_course_comes_back(tmp_path, name):
+    cls = getattr(import_module(f'transformer_course.{MODELS[name]}'), name)
+    model = build_model(cls, ARGUMENTS[name])
+    save_checkpoint(tmp_path / 'c', model, state=dict(step=7))
+    loaded, about = load_model(tmp_path / 'c')
+    assert type(loaded) is type(model) and same(loaded, model)
+    assert loaded.config == model.config and not loaded.training
+    assert about['step'] == 7 and about['model'] == name
+
+
+@pytest.mark.parametrize('kw', GPTS, ids=str)
+def test_a_gpt_of_any_shape_comes_back(tmp_path, kw):
+    model = weights(**kw).eval()
+    save_checkpoint(tmp_path / 'c', model)
+    loaded, _ = load_model(tmp_path / 'c')
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
+    assert loaded.config == model.config and same(loaded, model)
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+
+
+class Foreign(nn.Module):
+    "A class that the course does not know, with a dict as its config."
+
+    def __init__(self, width: int, depth: int = 1):
+        super().__init__()
+        self.config = dict(width=width, depth=depth)
+        self.layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
+
+
+def test_a_foreign_class_is_passed_by_the_caller(tmp_path):
+    model = Foreign(3, depth=2)
+    save_checkpoint(tmp_path / 'c', model)
+    with pytest.raises(ValueError, match=r"model='Foreign'.*model_class=MyModel"):
+        load_model(tmp_path / 'c')
+    assert same(load_model(tmp_path / 'c', model_class=Foreign)[0], model)
+    ready = Foreign(3, 2)
+    assert load_model(tmp_path / 'c', model_class=ready)[0] is ready and same(ready, model)
+    with pytest.raises(ValueError, match='layers.1.bias'):
+        load_model(tmp_path / 'c', model_class=Foreign(3))
+
+
+def test_a_model_without_config_is_saved_and_brought(tmp_path):
+    model = nn.Linear(2, 2)
+    save_checkpoint(tmp_path / 'c', model)
+    about = read_checkpoint(tmp_path / 'c')[0]
+    assert about['model'] == 'Linear' and about['config'] is None
+    assert same(load_model(tmp_path / 'c', model_class=lambda: nn.Linear(2, 2))[0], model)
+    with pytest.raises(ValueError, match='made already'):
+        load_model(tmp_path / 'c', model_class=nn.Linear)
+
+
+def rewrite(folder, **changes):
+    "Change checkpoint.json as a stranger could: it has no checksum of its own."
+    path = folder / 'checkpoint.json'
+    about = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in about.items() if v is not Ellipsis}))
+
+
+@pytest.mark.parametrize('name', ['evil', 'evil.GPT', 'os', '..evil', 3, ['GPT'], None, ''])
+def test_a_checkpoint_cannot_name_a_module(tmp_path, monkeypatch, name):
+    (tmp_path / 'evil.py').write_text('raise SystemExit("a stranger ran code")')
+    monkeypatch.syspath_prepend(tmp_path)
+    save_checkpoint(tmp_path / 'c', weights())
+    rewrite(tmp_path / 'c', model=name, module='evil')
+    with pytest.raises(ValueError, match='not of this course'):
+        load_model(tmp_path / 'c')
+    assert 'evil' not in sys.modules
+
+
+def test_old_checkpoints_are_gpts(tmp_path):
+    "Format 1 named no class, and `embed_norm` was true or false."
+    model = weights(embed_norm='plain')
+    save_checkpoint(tmp_path / 'c', model)
+    config = read_checkpoint(tmp_path / 'c')[0]['config'] | dict(embed_norm=True)
+    for new in ('norm_eps', 'gated', 'n_inner'):
+        del config[new]
+    rewrite(tmp_path / 'c', format=1, model=..., config=config)
+    loaded, _ = load_model(tmp_path / 'c')
+    assert same(loaded, model) and loaded.config == model.config
+
+
+def test_a_config_that_does_not_fit_is_found_before_memory_is_taken(tmp_path):
+    "A hundred million rows would take 6 GB; names and shapes are compared first."
+    save_checkpoint(tmp_path / 'c', weights())
+    config = read_checkpoint(tmp_path / 'c')[0]['config']
+    rewrite(tmp_path / 'c', config=config | dict(vocab_size=10**12))
+    with pytest.raises(ValueError, match='wte.weight has shape .11, 16., the model needs'):
+        load_model(tmp_path / 'c')
+    rewrite(tmp_path / 'c', config=config | dict(colour='red'))
+    with pytest.raises(ValueError, match="no field 'colour'"):
+        load_model(tmp_path / 'c')
+
+
+def test_a_wrong_model_is_left_as_it_was(tmp_path):
+    save_checkpoint(tmp_path / 'c', weights(n_embd=32))
+    other = weights(seed=3)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match='another model'):
+        restore_checkpoint(tmp_path / 'c', other)
+    assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+def test_optimisers_come_back_with_their_pairs(tmp_path):
+    model = weights()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.9))
+    model(torch.zeros(1, 8).long(), torch.zeros(1, 8).long())[1].backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / 'c', model, [optimizer], rng=dict(batches=torch.get_rng_state()))
+    twin = torch.optim.AdamW(weights(1).parameters())
+    _, rng = restore_checkpoint(tmp_path / 'c', weights(1), [twin])
+    assert twin.param_groups[0]['betas'] == (0.8, 0.9) and list(rng) == ['batches']
+    ours, theirs = (o.state_dict()['state'] for o in (optimizer, twin))
+    assert all(torch.equal(ours[p][k], theirs[p][k]) for p in ours for k in ours[p])
+    with pytest.raises(ValueError, match='of 1 optimisers, there are 2'):
+        restore_checkpoint(tmp_path / 'c', weights(1), [twin, twin])
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    "The order of fsync and rename, as the operating system is asked for them."
+    calls, rename = [], Path.rename
+    monkeypatch.setattr(files, 'sync', lambda path: calls.append(('sync', path.name)))
+
+    def watched(self, to):
+        calls.append(('rename', self.name, Path(to).name))
+        return rename(self, to)
+
+    save_checkpoint(tmp_path / 'c', weights())
+    calls.clear()
+    monkeypatch.setattr(Path, 'rename', watched)
+    save_checkpoint(tmp_path / 'c', weights())
+    names = ('checkpoint.json', 'model.safetensors', 'training.safetensors')
+    assert sorted(calls[:3]) == [('sync', name) for name in names]
+    assert calls[3:] == [
+        ('sync', '.c-new'),
+        ('rename', 'c', '.c-old'),
+        ('rename', '.c-new', 'c'),
+        ('sync', tmp_path.name),
+    ]
+
+
+@pytest.mark.parametrize('what', ['save_file', 'checksum', 'sync'])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, what):
+    model = weights()
+    save_checkpoint(tmp_path / 'c', model)
+
+    def full(*args, **kw):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(files if what == 'sync' else checkpoint, what, full)
+    with pytest.raises(OSError, match='No space left.*free some space'):
+        save_checkpoint(tmp_path / 'c', weights(1))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+    assert same(load_model(tmp_path / 'c')[0], model)
+
+
+@pytest.mark.parametrize(
+    'state, words',
+    [
+        (dict(config=3), "state holds 'config'"),
+        (dict(sha256={}), "state holds 'sha256'"),
+        (dict(when=Path('today')), 'cannot be written as JSON'),
+        (dict(weights=torch.zeros(2)), 'cannot be written as JSON'),
+    ],
+    ids=['config', 'sha256', 'path', 'tensor'],
+)
+def test_a_state_that_cannot_be_kept_makes_nothing(tmp_path, state, words):
+    with pytest.raises(ValueError, match=words):
+        save_checkpoint(tmp_path / 'runs' / 'c', weights(), state=state)
+    assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize('lost', ['format', 'sha256', 'checksum of a file', 'the braces'])
+def test_damaged_json_is_named(tmp_path, lost):
+    save_checkpoint(tmp_path / 'c', weights())
+    about = read_checkpoint(tmp_path / 'c')[0]
+    hashes = {name: sha for name, sha in about['sha256'].items() if 'training' not in name}
+    if lost == 'the braces':
+        (tmp_path / 'c/checkpoint.json').write_text('[1, 2]')
+    else:
+        rewrite(tmp_path / 'c', **({'sha256': hashes} if ' ' in lost else {lost: ...}))
+    with pytest.raises(ValueError, match='checkpoint.json is damaged'):
+        load_model(tmp_path / 'c')
