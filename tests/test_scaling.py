@@ -9,6 +9,8 @@ from transformer_course.cli import make_parser, settings as read_settings
 from transformer_course.flags import pick
 from transformer_course.data import CharTokenizer
 from transformer_course.gpt import GPT, GPTConfig, count_params
+from transformer_course.calibration import saved_bytes
+from transformer_course.flops import matmul_shapes, matrix_params, newton_schulz_flops
 from transformer_course.scaling import (
     PowerLaw,
     activation_bytes,
@@ -16,13 +18,9 @@ from transformer_course.scaling import (
     compute_optimal,
     fit_power_law,
     fit_with_floor,
-    matmul_shapes,
-    matrix_params,
-    newton_schulz_flops,
     optimizer_bytes,
     plan,
     r_squared,
-    saved_bytes,
 )
 from transformer_course.prepare import prepare
 from transformer_course.optim import lr_factor
