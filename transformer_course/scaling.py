@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['block_params', 'PowerLaw', 'fit_power_law', 'r_squared', 'fit_with_floor', 'compute_optimal', 'optimizer_bytes',
-           'activation_numbers', 'activation_bytes', 'predict_step_seconds', 'Plan', 'check_plan', 'plan']
+           'activation_numbers', 'activation_bytes', 'predict_step_seconds', 'Plan', 'plan']
 
 # %% ../nbs/11_scaling.ipynb #6cc05dc7
 import math
@@ -27,7 +27,6 @@ from transformer_course.flops import (
     model_flops_per_token,
 )
 from .gpt import GPTConfig, count_params
-from .optim import OPTIMIZERS
 from .settings import check_choice
 from .training import TrainConfig
 
@@ -113,7 +112,7 @@ def optimizer_bytes(
     optimizer: str,  # muon or adamw
 ) -> int:
     "What the optimiser remembers between updates: two averages a weight for AdamW, one for Muon."
-    check_choice('optimizer', optimizer, OPTIMIZERS)
+    check_choice('optimizer', optimizer, ('muon', 'adamw'))
     return 8 * count_params(config) - (4 * matrix_params(config) if optimizer == 'muon' else 0)
 
 # %% ../nbs/11_scaling.ipynb #3b7878b3
@@ -201,8 +200,8 @@ class Plan:
             f'{self.seconds_per_update:.3g} s an update, {self.hours:.3g} h, cost {self.cost:,.0f}'
         )
 
-# %% ../nbs/11_scaling.ipynb #a6ae483b
-def check_plan(
+# %% ../nbs/11_scaling.ipynb #c8241901
+def _check_plan(
     train: TrainConfig,  # batch_size is over all devices
     peak: float,  # operations per second of one device
     share: float,  # of the peak
@@ -232,7 +231,7 @@ def plan(
     itemsize: int = 2,  # bytes of an activation
 ) -> Plan:
     "Parameters, operations, memory, traffic, time and money of a run before it starts."
-    check_plan(train, peak, share, devices)
+    _check_plan(train, peak, share, devices)
     n, parts = count_params(config), train.gradient_accumulation_steps
     tokens = train.batch_size * parts * config.block_size  # of an update
     flops = tokens * model_flops_per_token(config)
