@@ -35,7 +35,7 @@ def block_params(
     config: GPTConfig,  # the model
 ) -> int:  # N in Kaplan 2020, arXiv 2001.08361
     "The parameters inside the blocks: all but embeddings, head and last norm."
-    return count_params(config) - count_params(replace(config, n_layer=0))
+    return sum(p.numel() for p in meta_model(config).transformer.h.parameters())
 
 # %% ../nbs/11_scaling.ipynb #c669a6a9
 @dataclass
