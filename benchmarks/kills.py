@@ -2,24 +2,35 @@
 
     python benchmarks/kills.py                100 kills at random moments
     python benchmarks/kills.py --kills 1000   more
-    python benchmarks/kills.py --points       one kill before and after each step of writing a checkpoint
+    python benchmarks/kills.py --points       one kill before and after each step of writing
 
-A small GPT is trained with a checkpoint every second update and a line in a log for every update. torch is imported
-once; each life of a run is a forked child, killed after a random number of milliseconds. After every kill the checkpoint
-must be readable (or not there yet), and the next child goes on from it. When a run has reached its end, its losses and
-the lines of its log are compared with those of a run that nobody disturbed. Prints a table and writes
+A small GPT is trained with a checkpoint every second update and a line in a log for every update.
+torch is imported once; each life of a run is a forked child, killed after a random number of
+milliseconds. After every kill the checkpoint must be readable (or not there yet), and the next
+child goes on from it. When a run has reached its end, the losses in its log and its validation
+losses are compared with those of a run that nobody disturbed. Prints a table and writes
 benchmarks/results/kills.json. Needs a system with fork.
 """
 
-import argparse, json, os, platform, random, shutil, signal, sys, tempfile, time
-from contextlib import contextmanager
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault('TRANSFORMER_COURSE_PROGRESS', '0')
 import torch
-import torch._dynamo  # optimisers ask for it; every child would import it anew
-from transformer_course import checkpoint
+import torch._dynamo  # noqa: F401  optimisers ask for it; every child would import it anew
+
+from transformer_course import checkpoint, files
 from transformer_course.checkpoint import read_checkpoint
 from transformer_course.data import get_batch
 from transformer_course.gpt import GPT, GPTConfig
@@ -31,28 +42,27 @@ MODEL = GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=16, 
 
 
 def train_once(folder, updates, every):
-    "Train in `folder`, from the checkpoint there if one is; what a child does until it is killed or done."
+    "Train in `folder`, from the checkpoint there if one is: what a child does until it is killed."
     ids = torch.randint(20, (2000,), generator=torch.Generator().manual_seed(0))
-    place = folder / 'checkpoint'
-    model = GPT(
-        MODEL, torch.Generator().manual_seed(1 if state(place) else 0)
-    )  # resumed: other weights, to be overwritten
-    log = LogFile(folder / 'log.jsonl')
+    place, log = folder / 'checkpoint', LogFile(folder / 'log.jsonl')
+    resume = state(place) is not None
     train(
-        model,
+        GPT(
+            MODEL, torch.Generator().manual_seed(int(resume))
+        ),  # resumed: weights to be overwritten
         lambda g: get_batch(ids, 4, 16, g),
         TrainConfig(max_iters=updates, eval_interval=every),
         validate=lambda m: m.lm_head.weight.sum().item(),
         on_step=log,
         on_eval=log.on_eval,
         folder=place,
-        resume=state(place) is not None,
+        resume=resume,
     )
 
 
 def state(place):
-    "checkpoint.json of a checkpoint that has been read and verified, or None where there is none yet; a damaged one raises."
-    if not place.exists() and not place.with_name(f'.{place.name}-old').exists():
+    "checkpoint.json of a checkpoint that is read and verified, or None where there is none yet."
+    if not files.present(place).exists():
         return None
     return read_checkpoint(place)[0]
 
@@ -81,79 +91,96 @@ def wait(pid):
     return code == 0
 
 
+def outcome(folder):
+    "What a finished run has found: validation losses, and the lines of its log."
+    lines = read_log(folder / 'log.jsonl')
+    return dict(
+        history=state(folder / 'checkpoint')['history']['val'],
+        losses=[(r['step'], r['loss']) for r in lines if 'loss' in r],
+        vals=sorted((r['step'], r['val']) for r in lines if 'val' in r),
+    )
+
+
 def undisturbed(folder, updates, every):
-    "checkpoint.json of a run without kills."
+    "The outcome of a run without kills."
     wait(child(lambda: train_once(folder, updates, every)))
-    return state(folder / 'checkpoint')
+    return outcome(folder)
 
 
 def compare(folder, good):
     "How many losses differ from those of the run `good`, and how many lines of the log are wrong."
-    about, lines = state(folder / 'checkpoint'), read_log(folder / 'log.jsonl')
-    mine, theirs = (
-        [*h['losses'], *map(tuple, h['val'])] for h in (about['history'], good['history'])
-    )
-    steps = [(r['step'], r['loss']) for r in lines if 'loss' in r]
-    vals = sorted((r['step'], r['val']) for r in lines if 'val' in r)
-    differ = abs(len(mine) - len(theirs)) + sum(a != b for a, b in zip(mine, theirs))
-    return differ, int(steps != list(enumerate(good['history']['losses'], 1))) + int(
-        vals != sorted(map(tuple, good['history']['val']))
-    )
+    mine = outcome(folder)
+    mine_at, good_at = (dict(run['losses']) for run in (mine, good))
+    differ = sum(mine_at.get(step) != loss for step, loss in good_at.items())
+    differ += mine['history'] != good['history']
+    wrong = [step for step, _ in mine['losses']] != [step for step, _ in good['losses']]
+    return differ, int(wrong) + int(mine['vals'] != good['vals'])
+
+
+COUNTED = [
+    'kills',
+    'runs',
+    'while_writing',
+    'before_the_first',
+    'read_and_good',
+    'damaged',
+    'losses_that_differ',
+    'log_lines_wrong',
+]
+
+
+def look_at(folder, found):
+    "Count what a kill has left; a damaged checkpoint is thrown away, and the run begins anew."
+    found['kills'] += 1
+    found['while_writing'] += (folder / '.checkpoint-new').exists()
+    try:
+        found['read_and_good' if state(folder / 'checkpoint') else 'before_the_first'] += 1
+    except ValueError as e:
+        found['damaged'] += 1
+        print(e)
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
 
 
 def random_kills(kills, updates=60, every=2, longest=0.25, seed=0):
     "Runs under fire until there have been so many kills and the last run is complete."
-    dice, began = random.Random(seed), time.perf_counter()
-    found = dict(
-        kills=0,
-        runs=0,
-        while_writing=0,
-        before_the_first=0,
-        read_and_good=0,
-        damaged=0,
-        losses_that_differ=0,
-        log_lines_wrong=0,
-    )
+    dice, began, found = random.Random(seed), time.perf_counter(), dict.fromkeys(COUNTED, 0)
     with tempfile.TemporaryDirectory() as root:
-        good = undisturbed(Path(root) / 'good', updates, every)
-        folder = Path(root) / 'run'
+        good, folder = undisturbed(Path(root) / 'good', updates, every), Path(root) / 'run'
         while found['kills'] < kills or folder.exists():
             pid = child(lambda: train_once(folder, updates, every))
             if found['kills'] < kills:
                 time.sleep(dice.uniform(0, longest))
                 os.kill(pid, signal.SIGKILL)
             if not wait(pid):
-                found['kills'] += 1
-                found['while_writing'] += (folder / '.checkpoint-new').exists()
-                try:
-                    found[
-                        'read_and_good' if state(folder / 'checkpoint') else 'before_the_first'
-                    ] += 1
-                except ValueError as e:
-                    found['damaged'] += 1
-                    print(e)
-                    shutil.rmtree(folder)
-                folder.mkdir(exist_ok=True)
-            else:
-                differ, wrong = compare(folder, good)
-                found = {
-                    **found,
-                    'runs': found['runs'] + 1,
-                    'losses_that_differ': found['losses_that_differ'] + differ,
-                    'log_lines_wrong': found['log_lines_wrong'] + wrong,
-                }
-                shutil.rmtree(folder)
-    return found | dict(
-        updates_a_run=updates,
-        updates_a_checkpoint=every,
-        seed=seed,
-        seconds=round(time.perf_counter() - began, 1),
-    )
+                look_at(folder, found)
+                continue
+            differ, wrong = compare(folder, good)
+            found['runs'] += 1
+            found['losses_that_differ'] += differ
+            found['log_lines_wrong'] += wrong
+            shutil.rmtree(folder)
+    how = dict(updates_a_run=updates, updates_a_checkpoint=every, seed=seed)
+    return found | how | dict(seconds=round(time.perf_counter() - began, 1))
+
+
+STEPS = [
+    (checkpoint, 'save_file'),
+    (files, 'sync'),
+    (shutil, 'rmtree'),
+    (os, 'replace'),
+    (Path, 'mkdir'),
+    (Path, 'rename'),
+    (Path, 'write_text'),
+    (Path, 'write_bytes'),
+]
 
 
 @contextmanager
 def kill_at(n, calls):
-    "Die by SIGKILL just before (n = 2i) or just after (n = 2i + 1) step i of writing; the steps' names are kept in `calls`."
+    """Die by SIGKILL just before (n = 2i) or just after (n = 2i + 1) step i of writing.
+
+    The steps' names are kept in `calls`."""
 
     def counted(name, real):
         def call(*args, **kw):
@@ -168,72 +195,49 @@ def kill_at(n, calls):
 
         return call
 
-    steps = [
-        (checkpoint, 'save_file'),
-        (checkpoint, 'sync'),
-        (checkpoint.shutil, 'rmtree'),
-        (os, 'replace'),
-        (Path, 'mkdir'),
-        (Path, 'rename'),
-        (Path, 'write_text'),
-    ]
-    patches = [
-        mock.patch.object(where, name, counted(name, getattr(where, name))) for where, name in steps
-    ]
-    for p in patches:
-        p.start()
-    try:
+    with ExitStack() as patches:
+        for where, name in STEPS:
+            real = getattr(where, name)
+            patches.enter_context(mock.patch.object(where, name, counted(name, real)))
         yield
-    finally:
-        for p in patches:
-            p.stop()
+
+
+def under_fire(folder, n, updates, every):
+    "A run that is killed at point n of its writing; if it survives, it tells all steps."
+    calls = []
+    with kill_at(n, calls):
+        train_once(folder, updates, every)
+    (folder / 'calls.json').write_text(json.dumps(calls))
 
 
 def kills_at_every_point(updates=6, every=2, only=None):
-    "For each step of writing, of any checkpoint of a run, one run that is killed there and then taken up; `only` names the steps of interest."
+    "For each step of writing (or `only` some), a run that is killed there and taken up."
+    counts = dict.fromkeys(('damaged', 'losses_that_differ', 'log_lines_wrong', 'went_back'), 0)
     with tempfile.TemporaryDirectory() as root:
-
-        def under_fire(folder, n):
-            calls = []
-            with kill_at(n, calls):
-                train_once(folder, updates, every)
-            (folder / 'calls.json').write_text(json.dumps(calls))
-
-        wait(child(lambda: under_fire(Path(root) / 'good', -1)))
-        good, calls = (
-            state(Path(root) / 'good' / 'checkpoint'),
-            json.loads((Path(root) / 'good' / 'calls.json').read_text()),
-        )
+        whole = Path(root) / 'good'
+        wait(child(lambda: under_fire(whole, -1, updates, every)))
+        good, calls = outcome(whole), json.loads((whole / 'calls.json').read_text())
         points = [n for n in range(2 * len(calls)) if only is None or calls[n // 2] in only]
-        found = dict(
-            points=len(points),
-            steps=sorted(set(calls)),
-            damaged=0,
-            losses_that_differ=0,
-            log_lines_wrong=0,
-            went_back=0,
-        )
         for n in points:
-            folder, before = Path(root) / f'at-{n}', None
-            if wait(child(lambda: under_fire(folder, n))):
+            folder = Path(root) / f'at-{n}'
+            if wait(child(lambda: under_fire(folder, n, updates, every))):
                 raise RuntimeError(f'the child that should have died at {n} did not')
             try:
                 before = state(folder / 'checkpoint')
             except ValueError as e:
-                found['damaged'] += 1
+                counts['damaged'] += 1
                 print(n, calls[n // 2], e)
                 continue
-            saved = (
-                sum(name == 'save_file' for name in calls[: n // 2]) // 2 - 1
-            )  # checkpoints begun before this one
-            found['went_back'] += saved > 0 and (before['step'] if before else -1) < every * (
-                saved - 1
-            )  # an older one than the last that was finished
+            saved = calls[: n // 2].count('save_file') // 2 - 1  # checkpoints begun before this one
+            step = before['step'] if before else -1
+            # an older one than the last that was finished
+            counts['went_back'] += saved > 0 and step < every * (saved - 1)
             wait(child(lambda: train_once(folder, updates, every)))
             differ, wrong = compare(folder, good)
-            found['losses_that_differ'] += differ
-            found['log_lines_wrong'] += wrong
+            counts['losses_that_differ'] += differ
+            counts['log_lines_wrong'] += wrong
             shutil.rmtree(folder)
+    found = dict(points=len(points), steps=sorted(set(calls))) | counts
     return found | dict(updates_a_run=updates, updates_a_checkpoint=every)
 
 
@@ -242,21 +246,18 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--kills', type=int, default=100, help='kills at random moments')
-    parser.add_argument(
-        '--points', action='store_true', help='kill at each step of writing instead'
-    )
+    at_points = 'kill at each step of writing instead'
+    parser.add_argument('--points', action='store_true', help=at_points)
     parser.add_argument('--seed', type=int, default=0, help='decides the moments')
     args = parser.parse_args()
-    found = (
-        {'points': kills_at_every_point()}
-        if args.points
-        else {'random': random_kills(args.kills, seed=args.seed)}
-    )
+    if args.points:
+        found = {'points': kills_at_every_point()}
+    else:
+        found = {'random': random_kills(args.kills, seed=args.seed)}
     for figures in found.values():
         for name, value in figures.items():
-            print(
-                f'{name.replace("_", " "):24}{", ".join(value) if isinstance(value, list) else value}'
-            )
+            value = ', '.join(value) if isinstance(value, list) else value
+            print(f'{name.replace("_", " "):24}{value}')
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     about = dict(
         torch=torch.__version__.split('+')[0],
@@ -264,8 +265,7 @@ def main():
         system=platform.system(),
         cores=os.cpu_count(),
     )
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({**before, **about, **found}, indent=1) + '\n')
+    files.write_file(RESULT, json.dumps({**before, **about, **found}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,19 +1,31 @@
-"""Peak memory: of the main job, of sampling from a model of GPT-2's shape, and of encoding a stream of 200 MB that nowhere exists as a whole.
+"""Peak memory: of the main job, of sampling from a model of GPT-2's shape, and of encoding a stream
+of 200 MB that nowhere exists as a whole.
 
     python benchmarks/memory.py                  three runs of each; some minutes
     python benchmarks/memory.py --megabytes 20   a shorter stream; nothing is written then
 
-The main job's peak does not depend on its number of updates, so it is measured on a short one, with the evaluation and
-the sample that belong to it; `full` repeats the peak of the whole job from main_job.json, if that is there. The stream
-is made of words drawn from 200,000 different ones as they are needed (the frequent ones as frequent as in a language,
-by Zipf's law), so the tokenizer's memory of pieces fills and is emptied many times. What is quoted is the growth: the
-highest resident memory while encoding, less the resident memory just before (imports, the tokenizer and the words).
-Sampling is a process of its own that loads a checkpoint of random weights in GPT-2's shape, with floats or with weights
-of one byte, and writes 32 tokens; its peak is that of the whole process, Python and torch included.
-Linux only: it reads /proc. Writes benchmarks/results/memory.json.
+The main job's peak does not depend on its number of updates, so it is measured on a short one, with
+the evaluation and the sample that belong to it; `full` repeats the peak of the whole job from
+main_job.json, if that is there. The stream is made of words drawn from 200,000 different ones as
+they are needed (the frequent ones as frequent as in a language, by Zipf's law), so the tokenizer's
+memory of pieces fills and is emptied many times. What is quoted is the growth: the highest resident
+memory while encoding, less the resident memory just before (imports, the tokenizer and the words).
+Sampling is a process of its own that loads a checkpoint of random weights in GPT-2's shape, with
+floats or with weights of one byte, and writes 32 tokens; its peak is that of the whole process,
+Python and torch included. Linux only: it reads /proc. Writes benchmarks/results/memory.json.
 """
 
-import argparse, itertools, json, os, random, re, statistics, subprocess, sys, tempfile, time
+import argparse
+import itertools
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import main_job
@@ -31,12 +43,10 @@ def resident(name):
 def words(n=WORDS, seed=0):
     "n different made-up words of 2 to 12 letters."
     rng, found = random.Random(seed), {}
+    letters, frequent = 'etaoinshrdlucmfwypvbgkjqxz', range(26, 0, -1)
     while len(found) < n:
-        found[
-            ''.join(
-                rng.choices('etaoinshrdlucmfwypvbgkjqxz', range(26, 0, -1), k=rng.randint(2, 12))
-            )
-        ] = None
+        word = rng.choices(letters, frequent, k=rng.randint(2, 12))
+        found[''.join(word)] = None
     return [*found]
 
 
@@ -59,9 +69,8 @@ def encode_stream(megabytes):
     chunks = stream(vocabulary, megabytes)
     next(chunks)  # the weights exist from here on
     try:
-        Path('/proc/self/clear_refs').write_text(
-            '5'
-        )  # forget the peak of the imports, or it would hide ours
+        # forget the peak of the imports, or it would hide ours
+        Path('/proc/self/clear_refs').write_text('5')
     except OSError:
         pass
     before, began = resident('VmRSS'), time.process_time()
@@ -74,18 +83,19 @@ def encode_stream(megabytes):
     )
 
 
+def in_a_process(what, *args):
+    "What this script prints when it is started anew with some arguments, as JSON."
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, __file__, *map(str, args)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
+    if done.returncode:
+        sys.exit(f'the process that {what} ended with status {done.returncode}')
+    return json.loads(done.stdout)
+
+
 def stream_memory(megabytes):
     "`encode_stream` in a process of its own."
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, __file__, '--child', str(megabytes)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    if done.returncode:
-        sys.exit(f'the process that encodes ended with status {done.returncode}')
-    return json.loads(done.stdout)
+    return in_a_process('encodes', '--child', megabytes)
 
 
 def sample_once(folder, int8):
@@ -114,20 +124,48 @@ def sampling_memory(runs):
         save_checkpoint(place, GPT(GPTConfig(), torch.Generator().manual_seed(0)))
         for _ in range(runs):
             for how, peaks in found.items():
-                done = subprocess.run(
-                    [sys.executable, __file__, '--sample', how, str(place)],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                )
-                if done.returncode:
-                    sys.exit(f'the process that samples ended with status {done.returncode}')
-                peaks.append(json.loads(done.stdout))
+                peaks.append(in_a_process('samples', '--sample', how, place))
     return found
 
 
 def summary(runs, *keys):
     return dict(median={k: statistics.median(r[k] for r in runs) for k in keys}, runs=runs)
+
+
+def measure(runs, megabytes):
+    "Every figure, `runs` times."
+    streams, jobs = [], []
+    for i in range(runs):
+        streams.append(stream_memory(megabytes))
+        growth, seconds = (streams[-1][k] for k in ('growth_mb', 'cpu_seconds'))
+        print(f'run {i + 1}: {megabytes:g} MB encoded, growth {growth} MB, {seconds} s of CPU')
+        job = main_job.run(['--max_iters', str(UPDATES), '--eval_interval', str(UPDATES)])
+        jobs.append({k: job[k] for k in ('peak_memory_mb', 'cpu_seconds', 'text')})
+        peak = job['peak_memory_mb']
+        print(f'run {i + 1}: main job of {UPDATES} updates, peak {peak} MB', flush=True)
+    sampling = sampling_memory(runs)
+    result = dict(
+        versions=peers.versions(),
+        stream=dict(megabytes=megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
+        main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')),
+        sampling={how: summary(found, 'peak_memory_mb') for how, found in sampling.items()},
+    )
+    if main_job.RESULT.is_file():
+        whole = json.loads(main_job.RESULT.read_text())['median']
+        result['main_job']['full'] = whole['peak_memory_mb']
+    return result
+
+
+def show(result):
+    "The table of medians."
+    stream, job = result['stream'], result['main_job']
+    name = f'stream of {stream["megabytes"]:g} MB, growth'
+    print(f'{name:40}{stream["median"]["growth_mb"]:8.1f} MB')
+    for how, part in result['sampling'].items():
+        name = f'sampling, GPT-2 shape, {how}'
+        print(f'{name:40}{part["median"]["peak_memory_mb"]:8.1f} MB')
+    full = job.get('full', 'not measured')
+    print(f'{"main job, peak":40}{job["median"]["peak_memory_mb"]:8.1f} MB   (whole job: {full})')
 
 
 def main(arguments=None):
@@ -143,39 +181,8 @@ def main(arguments=None):
         return print(json.dumps(sample_once(args.sample[1], args.sample[0] == 'int8')))
     if args.child:
         return print(json.dumps(encode_stream(args.child)))
-    streams, jobs = [], []
-    for i in range(args.runs):
-        streams.append(stream_memory(args.megabytes))
-        print(
-            f"run {i + 1}: {args.megabytes:g} MB encoded, growth {streams[-1]['growth_mb']} MB, {streams[-1]['cpu_seconds']} s of CPU",
-            flush=True,
-        )
-        job = main_job.run(['--max_iters', str(UPDATES), '--eval_interval', str(UPDATES)])
-        jobs.append({k: job[k] for k in ('peak_memory_mb', 'cpu_seconds', 'text')})
-        print(
-            f"run {i + 1}: main job of {UPDATES} updates, peak {job['peak_memory_mb']} MB",
-            flush=True,
-        )
-    result = dict(
-        versions=peers.versions(),
-        stream=dict(megabytes=args.megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
-        main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')),
-    )
-    result['sampling'] = {
-        how: summary(runs, 'peak_memory_mb') for how, runs in sampling_memory(args.runs).items()
-    }
-    if main_job.RESULT.is_file():
-        result['main_job']['full'] = json.loads(main_job.RESULT.read_text())['median'][
-            'peak_memory_mb'
-        ]
-    print(
-        f"{'stream of ' + format(args.megabytes, 'g') + ' MB, growth':40}{result['stream']['median']['growth_mb']:8.1f} MB"
-    )
-    for how, part in result['sampling'].items():
-        print(f"{'sampling, GPT-2 shape, ' + how:40}{part['median']['peak_memory_mb']:8.1f} MB")
-    print(
-        f"{'main job, peak':40}{result['main_job']['median']['peak_memory_mb']:8.1f} MB   (whole job: {result['main_job'].get('full', 'not measured')})"
-    )
+    result = measure(args.runs, args.megabytes)
+    show(result)
     if args.megabytes == 200:
         peers.write('memory', result)
 

@@ -78,7 +78,7 @@ def run(parallel, m=None, folder=None, batch=None, validate=validate, resume=Fal
         parallel=parallel,
     )
     losses = [*read_losses(log)[0].values()] if folder else history.losses
-    assert losses[-len(history.losses) :] == history.losses
+    assert losses[len(losses) - len(history.losses) :] == history.losses
     return losses + [v for _, v in history.val]
 
 

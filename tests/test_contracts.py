@@ -226,5 +226,10 @@ def test_one_generate_writes_with_every_model_that_can(name):
     ]
     assert torch.equal(texts[0], texts[1]) and texts[0].shape == (3, 7)
     if name == 'encoder-decoder':
-        other = dict(context, memory=context['memory'].flip(1))
-        assert not torch.equal(generate(model, start, 5, temperature=0, context=other), texts[0])
+        heard = [
+            model.decode(start, **dict(context, memory=m))
+            for m in (context['memory'], 0 * context['memory'])
+        ]
+        assert not torch.allclose(*heard)
+        with pytest.raises(ValueError, match='memory is missing'):
+            generate(model, start, 1)
