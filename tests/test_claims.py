@@ -1,4 +1,4 @@
-"What the notebooks of claims and progress cannot show of themselves: fresh processes, saved outputs."
+"What the notebooks of claims and progress cannot show: fresh processes, saved outputs."
 
 import json
 import os
@@ -196,7 +196,7 @@ except RuntimeError: pass''',
 
 
 def executed(cells, folder, monkeypatch):
-    "Run cells in a kernel: the outputs that are kept of each, and the HTML that was drawn meanwhile."
+    "Run cells in a kernel: the outputs that each keeps, and the HTML that was drawn meanwhile."
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     seen, plain = [], nbclient.NotebookClient.process_message
 
@@ -228,3 +228,12 @@ def test_progress_leaves_nothing_in_a_saved_notebook(monkeypatch, tmp_path):
     assert not any(o.get('name') == 'stderr' for out in outputs for o in out)
     assert any('<progress' in d and 'long' in d for d in drawn)
     assert any('loss=2.5' in d for d in drawn)
+
+
+@pytest.mark.parametrize('switch', [('IN_TEST', '1'), ('TRANSFORMER_COURSE_PROGRESS', '0')])
+def test_progress_can_be_silenced_in_a_kernel(monkeypatch, tmp_path, switch):
+    for name in SILENCED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(*switch)
+    outputs, drawn = executed([CELLS[0], CELLS[2]], tmp_path, monkeypatch)
+    assert [o.text for o in outputs[1]] == ['0\n1\n2\n'] and not drawn
