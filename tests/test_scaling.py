@@ -9,6 +9,8 @@ from transformer_course.cli import make_parser, settings as read_settings
 from transformer_course.flags import pick
 from transformer_course.data import CharTokenizer
 from transformer_course.gpt import GPT, GPTConfig, count_params
+from transformer_course.calibration import saved_bytes
+from transformer_course.flops import matmul_shapes, matrix_params, newton_schulz_flops
 from transformer_course.scaling import (
     PowerLaw,
     activation_bytes,
@@ -16,17 +18,14 @@ from transformer_course.scaling import (
     compute_optimal,
     fit_power_law,
     fit_with_floor,
-    matmul_shapes,
-    matrix_params,
-    newton_schulz_flops,
     optimizer_bytes,
     plan,
     r_squared,
-    saved_bytes,
 )
 from transformer_course.prepare import prepare
 from transformer_course.optim import lr_factor
-from transformer_course.training import TrainConfig, model_flops_per_token
+from transformer_course.flops import model_flops_per_token
+from transformer_course.training import TrainConfig
 
 COMMAND = Path(sys.executable).with_name('transformer-course')
 SHRUNK = '--n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --max_iters 2 --eval_interval 1 --warmup_iters 1 --sample_tokens 5 --device cpu'.split()

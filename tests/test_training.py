@@ -24,14 +24,8 @@ from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, TensorBoard, read_log
 from transformer_course.optim import Muon, make_optimizers
 from transformer_course.strategy import Precision, choose_compile, choose_precision
-from transformer_course.training import (
-    Run,
-    Single,
-    TrainConfig,
-    model_flops_per_token,
-    train,
-    update,
-)
+from transformer_course.flops import model_flops_per_token
+from transformer_course.training import Run, Single, TrainConfig, train, update
 
 IDS = torch.randint(0, 20, (3000,), generator=torch.Generator().manual_seed(0))
 CONFIG = GPTConfig(block_size=16, vocab_size=20, n_layer=1, n_head=2, n_embd=32, dropout=0.1)

@@ -21,7 +21,7 @@ from transformer_course.experiments.programs import (
     run_program,
     schedule,
 )
-from transformer_course.scaling import saved_bytes
+from transformer_course.calibration import saved_bytes
 from transformer_course.experiments.why import (
     chrono_init,
     critical_path,

@@ -18,8 +18,8 @@ from .bigram import evaluate_share
 from .data import CharTokenizer, get_batch, train_val_split
 from .files import checksum
 from .parallel import global_batch
-from .settings import check_types
 from .prepare import tokenizer_from
+from .settings import check_types
 from .shards import ShardBatches, Shards
 from .sources import load_text
 from .tokenizer import BPETokenizer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'meta_model', 'linear_layers', 'matmul_params', 'model_flops_per_token', 'matmul_shapes', 'muon_shapes',
-           'newton_schulz_flops', 'peak_flops', 'mfu']
+           'matrix_params', 'newton_schulz_flops', 'peak_flops', 'mfu']
 
 # %% ../nbs/support/flops.ipynb #e0a11818
 from collections import Counter
@@ -69,7 +69,7 @@ def matmul_shapes(
     tokens = batch_size * config.block_size
     return [(tokens, k, n, times) for (k, n), times in sizes.items()]
 
-# %% ../nbs/support/flops.ipynb #e489d061
+# %% ../nbs/support/flops.ipynb #b1259b99
 def muon_shapes(
     model: nn.Module,  # perhaps on the meta device
 ) -> list[tuple[int, int]]:  # rows, columns
@@ -79,6 +79,13 @@ def muon_shapes(
         for p in group['params']:
             shapes += [(rows, p.shape[1]) for rows in group['sizes'] or p.shape[:1]]
     return shapes
+
+
+def matrix_params(
+    config: GPTConfig,  # the model
+) -> int:
+    "The weights of the matrices inside the blocks: those that Muon takes."
+    return sum(rows * columns for rows, columns in muon_shapes(meta_model(config)))
 
 
 def newton_schulz_flops(

@@ -24,8 +24,8 @@ from .files import present
 from .generation import stream
 from .gpt import GPT
 from .int8 import load_int8
-from .settings import check_types
 from .prepare import tokenizer_from
+from .settings import check_types
 from .tensors import TensorFile
 from .tokenizer import BPETokenizer
 

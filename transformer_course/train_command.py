@@ -21,10 +21,10 @@ from . import logs
 from .checkpoint import verified_checkpoint
 from .corpus import Corpus, DataConfig, fingerprint, load_corpus, validate
 from .data import CharTokenizer
+from .figures import save_png
 from .flags import merge_settings, pick
 from .gpt import GPT, GPTConfig
 from .parallel import should_resume, together
-from .figures import save_png
 from .plots import plot_losses
 from .sample_command import continue_text, find_device, first_prompt
 from .settings import check_types, config_from_dict

@@ -100,23 +100,23 @@ class TrainState:
     def seconds(self) -> float:  # since the run began, breaks not counted
         return time.perf_counter() - self.began
 
-    def diverged(self, loss: float) -> ValueError:  # to be raised
+    def diverged(self, found: str) -> ValueError:  # to be raised
         kept = 'nothing was saved'
         if self.folder and self.step:
             kept = f'the last good checkpoint, in {str(self.folder)!r}, is kept'
         return ValueError(
-            f'loss or weights are no longer finite at step {self.step} (loss {loss}), so training '
+            f'loss or weights are no longer finite at step {self.step} ({found}), so training '
             f'stopped; {kept}: lower learning_rate or muon_lr, or set grad_clip=1.0'
         )
 
     def save(self) -> None:
         "Write a checkpoint into `folder`."
         kept = {name: getattr(self.history, name) for name in ('val', 'seconds', 'tokens')}
-        state = dict(step=self.step, train=asdict(self.config), history=kept)
+        state = dict(self.about, step=self.step, train=asdict(self.config), history=kept)
         state['scaler'] = self.precision.scaler.state_dict()
         dropout = random_module(self.device).get_rng_state()
         rng = dict(batches=self.generator.get_state(), dropout=dropout)
-        self.parallel.save(self.folder, self.model, self.optimizers, state | self.about, rng)
+        self.parallel.save(self.folder, self.model, self.optimizers, state, rng)
 
     def restore(self) -> None:
         "Go on from the checkpoint in `folder`."
@@ -167,7 +167,7 @@ def update(
     [loss] = state.parallel.sum(add_gradients(state, parts, counts, total))
     if not math.isfinite(loss):
         state.model.zero_grad(set_to_none=True)
-        raise state.diverged(loss)
+        raise state.diverged(f'loss {loss}')
     set_step_sizes(state.optimizers, state.step, config)
     state.precision.step(state.model, state.optimizers, config.grad_clip)
     state.step += 1
@@ -190,7 +190,7 @@ def validation_loss(
         raise ValueError('validate counted no target: give it a longer text')
     return total / count
 
-# %% ../nbs/09_training.ipynb #f6fbde05
+# %% ../nbs/09_training.ipynb #2c976d7f
 def evaluate_and_save(
     state: TrainState,  # its history gets the loss, its folder a checkpoint
     validate: Callable[[nn.Module], float | tuple] | None = None,  # see `validation_loss`
@@ -200,7 +200,7 @@ def evaluate_and_save(
     own = (p.to_local() if hasattr(p, 'to_local') else p for p in state.model.parameters())
     [bad] = state.parallel.sum(float(sum(not p.isfinite().all() for p in own)))
     if bad or not math.isfinite(loss):
-        raise state.diverged(loss)
+        raise state.diverged('a weight' if bad else f'loss {loss}')
     if validate:
         state.history.val.append((state.step, loss))
     state.history.seconds = state.seconds()
