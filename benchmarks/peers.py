@@ -1,4 +1,4 @@
-"""What the comparisons share: text and split, nanoGPT's own `train.py`, the course's `train`, results.
+"""What the comparisons share: text and split, nanoGPT's `train.py`, the course's `train`, results.
 
 Every training runs in a process of its own, on one thread, and is charged the CPU seconds of its
 training loop alone: imports, reading the text and the evaluation afterwards are outside. Both
