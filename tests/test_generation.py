@@ -13,15 +13,14 @@ from transformer_course.bigram import BigramLanguageModel, sample
 from transformer_course.cache import KVCache, LayerCache
 from transformer_course.generation import (
     CachedDecoder,
-    accept_or_redraw,
     filter_logits,
     generate,
     generate_many,
     last_logits,
     next_token,
-    speculative,
     stream,
 )
+from transformer_course.speculative import accept_or_redraw, speculative
 from transformer_course.gpt import GPT, GPTConfig, POSITIONS
 
 V, BLOCK = 13, 10
