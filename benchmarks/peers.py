@@ -1,8 +1,9 @@
-"""What the comparisons share: the corpus and its split, nanoGPT's own `train.py`, the course's `train`, versions, results.
+"""What the comparisons share: text and split, nanoGPT's `train.py`, the course's `train`, results.
 
-Every training runs in a process of its own, on one thread, and is charged the CPU seconds of its training loop alone:
-imports, reading the text and the evaluation afterwards are outside. Both models are then evaluated by the same function,
-over the whole of the held-out part, in consecutive windows of the context they were trained with.
+Every training runs in a process of its own, on one thread, and is charged the CPU seconds of its
+training loop alone: imports, reading the text and the evaluation afterwards are outside. Both
+models are then evaluated by the same function, over the whole of the held-out part, in consecutive
+windows of the context they were trained with.
 """
 
 import contextlib, io, json, os, pickle, platform, runpy, subprocess, sys, tempfile, time
@@ -45,7 +46,7 @@ def checkout_version(path):
 
 
 def split(text, part='validation'):
-    "(tokenizer, training ids, held-out ids). `tuning` never touches the validation text: it holds out the end of the training text."
+    "(tokenizer, training ids, held-out ids); `tuning` holds out the end of the *training* text."
     import torch
     from transformer_course.data import CharTokenizer, train_val_split
 
@@ -57,7 +58,7 @@ def split(text, part='validation'):
 
 
 def run_nanogpt(job):
-    "nanoGPT's own, unchanged `train.py`; its evaluations are cut down to one batch, and its seed to `seed`."
+    "nanoGPT's own, unchanged `train.py`, with evaluations of one batch, and another seed."
     import torch
     from transformer_course.bigram import evaluate
 
@@ -169,7 +170,7 @@ def ours(text, seed, model, train, **job):
 
 @contextlib.contextmanager
 def text_file(path=None):
-    "(a file with the text, what to call it): the given file, or Tiny Shakespeare as the course finds it."
+    "(a file with the text, what to call it): the given file, or Tiny Shakespeare."
     from transformer_course.sources import load_text
 
     text = load_text(path=path)

@@ -1,11 +1,12 @@
-"""Tokens per second at batch 1, greedy, one thread: nanoGPT, Hugging Face and this library (floats, and weights of one byte), interleaved.
+"""Tokens per second at batch 1, greedy, one thread: nanoGPT, Hugging Face and this library.
 
-    python benchmarks/sampling.py --nanogpt PATH    PATH is a checkout of karpathy/nanoGPT; without it that row is left out
+    python benchmarks/sampling.py --nanogpt PATH    a checkout of karpathy/nanoGPT; or without it
     python benchmarks/sampling.py --quick           every path on a tiny model, in seconds
 
-Random weights, the same shape for all. Also measured in the same run: how fast one core reads a big matrix for a
-matrix-vector product, which bounds what a model that does not fit in the cache can do. Prints a table and writes
-benchmarks/results/sampling.json.
+This library comes with floats and with weights of one byte, and all are interleaved. Random
+weights, the same shape for all. Also measured in the same run: how fast one core reads a big
+matrix for a matrix-vector product, which bounds what a model that does not fit in the cache can
+do. Prints a table and writes benchmarks/results/sampling.json.
 """
 
 import argparse, importlib.util, json, os, statistics, sys, time, warnings
@@ -39,7 +40,7 @@ QUICK = dict(small=(dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_em
 
 
 def nanogpt(path, shape):
-    "nanoGPT's own model and generate; it has no greedy mode, so the likeliest of one candidate is drawn."
+    "nanoGPT's own model; it has no greedy mode, so the likeliest of one candidate is drawn."
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(path) / 'model.py')
     module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -81,7 +82,7 @@ def ours(shape, use_cache=True, int8=False):
 
 
 def bandwidth(rows=50257, columns=768):
-    "Bytes per second of a matrix-vector product over a matrix larger than the caches, the best of five."
+    "Bytes per second of a matrix-vector product over more than the caches, the best of five."
     w, x, best = torch.rand(rows, columns), torch.rand(columns), 0.0
     for _ in range(5):
         began = time.perf_counter()
@@ -146,14 +147,12 @@ def main():
     if not args.quick:
         weights = 4 * (GPTConfig().vocab_size * 768 + 12 * 12 * 768**2)
         result |= dict(bytes_per_second=bandwidth(), weight_bytes=weights)
-        result['share_of_bound'] = (
-            table['gpt2']['ours']['median']['tokens_per_second']
-            * weights
-            / result['bytes_per_second']
+        speed, reads = (
+            table['gpt2']['ours']['median']['tokens_per_second'],
+            result['bytes_per_second'],
         )
-        print(
-            f"one core reads {result['bytes_per_second'] / 1e9:.1f} GB/s; ours reaches {result['share_of_bound']:.0%} of the bound at GPT-2's shape"
-        )
+        share = result['share_of_bound'] = speed * weights / reads
+        print(f"one core reads {reads / 1e9:.1f} GB/s; ours reaches {share:.0%} of that bound")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + '\n')
 

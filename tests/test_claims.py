@@ -1,7 +1,8 @@
-"What the notebooks of claims and progress cannot show of themselves: fresh processes, saved outputs."
+"What the notebooks of claims and progress cannot show: fresh processes, saved outputs."
 
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -36,11 +37,11 @@ def listed(project):
     return sorted(str(p.relative_to(project)) for p in project.rglob('*') if p.is_file())
 
 
-def run(code, **env):
+def run(code, env=(), stderr=subprocess.PIPE):
     "A fresh Python that runs `code`, with nothing that silences a progress bar but `env`."
-    env = {k: v for k, v in os.environ.items() if k not in SILENCED} | env
-    command = [sys.executable, '-c', code]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    env = {k: v for k, v in os.environ.items() if k not in SILENCED} | dict(env)
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+    return subprocess.run([sys.executable, '-c', code], env=env, text=True, check=True, **pipes)
 
 
 # ---------------------------------------------------------------- records on disk
@@ -176,9 +177,30 @@ LOOP = '''from transformer_course.progress import progress
 for _ in progress(range(3), desc="steps", mininterval=0): pass'''
 
 
-@pytest.mark.parametrize('env', [{}, {'IN_TEST': '1'}, {'TRANSFORMER_COURSE_PROGRESS': '0'}])
-def test_progress_is_silent_outside_a_terminal(env):
-    assert run(LOOP, **env).stderr == ''
+SWITCHES = {'IN_TEST': '1'}, {'TRANSFORMER_COURSE_PROGRESS': '0'}
+
+
+def test_progress_is_silent_outside_a_terminal():
+    assert run(LOOP).stderr == ''
+
+
+@pytest.mark.parametrize('env', [{}, *SWITCHES])
+def test_progress_on_a_terminal(env):
+    "A bar is drawn, unless one of the switches asks for silence."
+    fcntl, pty, termios = map(pytest.importorskip, ('fcntl', 'pty', 'termios'))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))  # rows, columns
+    try:
+        run(LOOP, env, stderr=theirs)
+        os.set_blocking(ours, False)
+        try:
+            shown = os.read(ours, 10_000).decode()
+        except BlockingIOError:
+            shown = ''
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert ('steps' in shown) == (not env)
 
 
 # ---------------------------------------------------------------- progress in a kernel
@@ -196,7 +218,7 @@ except RuntimeError: pass''',
 
 
 def executed(cells, folder, monkeypatch):
-    "Run cells in a kernel: the outputs that are kept of each, and the HTML that was drawn meanwhile."
+    "Run cells in a kernel: the outputs that each keeps, and the HTML that was drawn meanwhile."
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     seen, plain = [], nbclient.NotebookClient.process_message
 
@@ -228,3 +250,17 @@ def test_progress_leaves_nothing_in_a_saved_notebook(monkeypatch, tmp_path):
     assert not any(o.get('name') == 'stderr' for out in outputs for o in out)
     assert any('<progress' in d and 'long' in d for d in drawn)
     assert any('loss=2.5' in d for d in drawn)
+
+
+WATCHED = 'from transformer_course.progress import watched_notebook\nprint(watched_notebook())'
+
+
+@pytest.mark.parametrize('env', [{}, *SWITCHES])
+def test_progress_can_be_silenced_in_a_kernel(monkeypatch, tmp_path, env):
+    for name in SILENCED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    outputs, drawn = executed([CELLS[0], CELLS[2], WATCHED], tmp_path, monkeypatch)
+    assert bool(drawn) == (not env)
+    assert outputs[2][0].text == f'{not env}\n'

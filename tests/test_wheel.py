@@ -1,5 +1,6 @@
 "The wheel works outside the repository, and all places agree on the version."
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,11 +18,14 @@ SOURCES = 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'
 QUIET = '--quiet', '--disable-pip-version-check', '--no-deps'
 
 
+ALONE = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}  # nothing but the wheel
+
+
 def run(*command, **kw):
     "What a command prints; it must succeed."
     command = [str(part) for part in command]
     quiet = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    done = subprocess.run(command, **quiet, **kw)
+    done = subprocess.run(command, env=ALONE, **quiet, **kw)
     assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
     return done.stdout
 
@@ -117,6 +121,7 @@ def test_command(python, tmp_path):
         [command, 'sample', '--out_dir', 'nowhere'],
         capture_output=True,
         text=True,
+        env=ALONE,
         stdin=subprocess.DEVNULL,
         cwd=tmp_path,
         timeout=120,

@@ -165,7 +165,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
     'RecurrentLanguageModel': 'before',
-    'Seq2Seq': 'before',
+    'Seq2Seq': 'seq2seq',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14

@@ -15,12 +15,11 @@ def sinusoidal(
     C: int,  # size of the vectors, even
     base: float = 10000.0,  # the longest wave is about 2 pi base tokens
 ) -> Tensor:  # (T, C): sines in the even channels, cosines in the odd ones
-    "Waves of geometrically growing length, one position a row (Vaswani 2017, arXiv 1706.03762, section 3.5)."
+    "Waves of geometrically growing length (Vaswani 2017, arXiv 1706.03762, section 3.5)."
     if C % 2:
         raise ValueError(f'C={C} must be even: each frequency takes a sine and a cosine')
-    angles = torch.arange(T)[:, None] * base ** (
-        -torch.arange(0, C, 2) / C
-    )  # (T, 1) * (C/2,) -> (T, C/2)
+    speeds = base ** (-torch.arange(0, C, 2) / C)  # (C/2,) radians per token
+    angles = torch.arange(T)[:, None] * speeds  # (T, 1) * (C/2,) -> (T, C/2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (T, C/2, 2) -> (T, C)
 
 # %% ../nbs/05_positions.ipynb #31d5b51c
@@ -33,13 +32,12 @@ def distances(
     S = T if S is None else S
     if S < T:
         raise ValueError(f'S={S} must be at least T={T}: the queries are the last T of the S keys')
-    return torch.arange(S - T, S, device=device)[:, None] - torch.arange(
-        S, device=device
-    )  # (T, 1) - (S,) -> (T, S)
+    queries = torch.arange(S - T, S, device=device)
+    return queries[:, None] - torch.arange(S, device=device)  # (T, 1) - (S,) -> (T, S)
 
 # %% ../nbs/05_positions.ipynb #0b608ba1
 class RelativeBias(nn.Module):
-    "A learned number per head and distance, added to the scores (Raffel 2020, arXiv 1910.10683, without its buckets)."
+    "A learned number per head and distance (Raffel 2020, arXiv 1910.10683, without its buckets)."
 
     def __init__(
         self,
@@ -55,7 +53,8 @@ class RelativeBias(nn.Module):
         T: int,  # number of queries
         S: int | None = None,  # number of keys; the queries are the last T of them (default: S = T)
     ) -> Tensor:  # (H, T, S), added to the scores
-        return self.bias[:, distances(T, S, self.bias.device).abs().clamp(max=self.max_distance)]
+        far = distances(T, S, self.bias.device).abs().clamp(max=self.max_distance)  # (T, S)
+        return self.bias[:, far]  # (H, distances) -> (H, T, S)
 
 # %% ../nbs/05_positions.ipynb #5d7cabcf
 def alibi_bias(
@@ -64,7 +63,7 @@ def alibi_bias(
     S: int | None = None,  # number of keys; the queries are the last T of them (default: S = T)
     device: str | torch.device | None = None,  # where the bias is put
 ) -> Tensor:  # (H, T, S), added to the scores
-    "A penalty that grows with distance, at a slope of its own for each head (Press 2022, arXiv 2108.12409, section 3)."
+    "A penalty that grows with distance, a slope a head (Press 2022, arXiv 2108.12409, section 3)."
     slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device) / n_head)  # (H,)
     return slopes[:, None, None] * -distances(T, S, device).abs()  # (H, 1, 1) * (T, S) -> (H, T, S)
 
@@ -74,13 +73,13 @@ def rotate(
     cos: Tensor,  # (T, D/2)
     sin: Tensor,  # (T, D/2)
 ) -> Tensor:  # (..., T, D), of the type of x
-    "Turn each pair of channels (i, i + D/2) by its angle (Su 2021, arXiv 2104.09864, in the half-split layout)."
+    "Turn each pair of channels (i, i + D/2) by its angle (Su 2021, arXiv 2104.09864, half-split)."
     a, b = x.chunk(2, -1)  # (..., T, D) -> 2 of (..., T, D/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 # %% ../nbs/05_positions.ipynb #20d67b4a
 class Rotary(nn.Module):
-    "Rotary positions: `rotary(x, offset)` turns row t of x (B, H, T, D) by the angles of position offset + t."
+    "`rotary(x, offset)` turns row t of x (B, H, T, D) by the angles of position offset + t."
 
     def __init__(
         self,
@@ -91,9 +90,8 @@ class Rotary(nn.Module):
         super().__init__()
         if head_size % 2:
             raise ValueError(f'head_size={head_size} must be even: channels are turned in pairs')
-        self.frequencies = base ** (
-            -torch.arange(0, head_size, 2) / head_size
-        )  # (D/2,) radians per token
+        exponents = -torch.arange(0, head_size, 2) / head_size  # (D/2,)
+        self.frequencies = base**exponents  # radians per token
         for name, table in zip(('cos', 'sin'), self.tables(max_positions)):
             self.register_buffer(name, table, persistent=False)
 
@@ -105,7 +103,8 @@ class Rotary(nn.Module):
         D, end = 2 * self.cos.shape[-1], offset + x.shape[-2]
         if x.shape[-1] != D:
             raise ValueError(
-                f'x has head size {x.shape[-1]}, the tables were made for head_size={D}: give both the same'
+                f'x has head size {x.shape[-1]}, the tables were made for head_size={D}: '
+                'give both the same'
             )
         if end > len(self.cos):
             self.cos, self.sin = (t.to(self.cos) for t in self.tables(2 * end))

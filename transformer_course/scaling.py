@@ -35,7 +35,7 @@ def block_params(
     config: GPTConfig,  # the model
 ) -> int:  # N in Kaplan 2020, arXiv 2001.08361
     "The parameters inside the blocks: all but embeddings, head and last norm."
-    return count_params(config) - count_params(replace(config, n_layer=0))
+    return sum(p.numel() for p in meta_model(config).transformer.h.parameters())
 
 # %% ../nbs/11_scaling.ipynb #c669a6a9
 @dataclass
@@ -124,7 +124,7 @@ def activation_numbers(
     block = meta_model(replace(config, n_layer=1)).transformer.h[0]
     kv, hidden = block.attn.sizes[1], block.mlp.c_fc.out_features
     norms = dict(layer=C + 2, plain=C + 2, rms=2 * C + 1, none=0)  # input, statistics; rms: output
-    attention = 2 * C + 2 * kv + C + c.n_head  # q, k, v, what comes out, and a number a head
+    attention = 2 * C + 2 * kv + c.n_head  # q, k, v, what comes out, and a number a head
     if c.qk_norm or c.position == 'rotary':
         attention += 2 * C + kv  # q and k anew, and the heads laid side by side
     if c.qk_norm:

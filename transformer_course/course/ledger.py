@@ -45,7 +45,7 @@ def _wrong(
         return f'{missing[0]} is missing or empty: write it'
     if not re.fullmatch(r'[A-Z][1-9]\d*', entry['id']) or entry['id'][0] not in groups:
         return f'the id must be a letter of {", ".join(groups)} and a number, such as A1'
-    strange = [c for c in entry['chapters'] if not re.fullmatch(r'\d\d_[a-z_]+', str(c))]
+    strange = [c for c in entry['chapters'] if not re.fullmatch(r'\d\d_\w+', str(c))]
     if strange:
         return f'chapters holds {strange[0]!r}: name notebooks, such as 03_attention'
     if len(set(entry['chapters'])) < len(entry['chapters']):
