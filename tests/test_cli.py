@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,31 +18,40 @@ SMALL = (
 TEXT = 'To be, or not to be, that is the question:\nWhether tis nobler in the mind to suffer\n' * 60
 
 
-@pytest.fixture
-def run(tmp_path):
-    "Run the command in an empty folder that holds one text."
-    (tmp_path / 'my.txt').write_text(TEXT)
+def command_in(folder):
+    "Run the command in a folder."
 
     def call(*args, command=(COMMAND,), **kw):
-        return subprocess.run(
-            [*map(str, command), *map(str, args)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **kw,
-        )
+        words = [*map(str, command), *map(str, args)]
+        return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, **kw)
 
-    call.folder = tmp_path
+    call.folder = folder
     return call
 
 
 @pytest.fixture
-def trained(run):
-    "The same, after a short training run."
+def run(tmp_path):
+    "The command in an empty folder that holds one text."
+    (tmp_path / 'my.txt').write_text(TEXT)
+    return command_in(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def one_run(tmp_path_factory):
+    "A folder with the same text and a short training run, and what the command said."
+    run = command_in(tmp_path_factory.mktemp('trained'))
+    (run.folder / 'my.txt').write_text(TEXT)
     result = run('train', '--text', 'my.txt', *SMALL, '--max_iters', 30, '--eval_interval', 10)
     assert result.returncode == 0, result.stderr
-    run.output = result.stdout
+    return run.folder, result.stdout
+
+
+@pytest.fixture
+def trained(one_run, tmp_path):
+    "The command in a copy of that folder."
+    folder, output = one_run
+    run = command_in(shutil.copytree(folder, tmp_path, dirs_exist_ok=True))
+    run.output = output
     return run
 
 
