@@ -14,7 +14,7 @@ from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.training import TrainConfig, train
 
-import cells as slices
+import card_cells as slices
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_LOSS = 1.4697  # of its README, for the recipe of configs/shakespeare_gpu.json

@@ -341,7 +341,7 @@ CELLS = [
 
 
 def test_cells_for_a_card_get_what_they_need_and_nothing_else(load):
-    cells = load('cells')
+    cells = load('card_cells')
     found = [(str(i), source.replace('!echo hello', 'pass')) for i, source in enumerate(CELLS)]
     assert [cells.is_cuda(source) for _, source in found] == [False] * 4 + [True]
     code = cells.needed(found, 4)
@@ -355,7 +355,7 @@ def test_cells_for_a_card_get_what_they_need_and_nothing_else(load):
 
 
 def test_every_cell_for_a_card_finds_what_it_needs(load):
-    cells, number = load('cells'), 0
+    cells, number = load('card_cells'), 0
     for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
         found = cells.read_cells(path)
         for i, (_, source) in enumerate(found):
