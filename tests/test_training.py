@@ -379,6 +379,8 @@ def test_a_model_may_count_its_targets_itself():
     assert expected[1] == 4
     parts = [rows(whole, slice(0, 3)), rows(whole, slice(3, 6))]
     agree(sgd_update(seeded(Classifier), of(parts), parts=2), expected)
+    blank = x, torch.zeros(6), label  # a loss of 0/0, whose gradient is nan
+    agree(sgd_update(seeded(Classifier), of([*parts, blank]), parts=3), expected)
 
 
 def test_dropout_acts_in_training_and_not_in_validation():
