@@ -12,12 +12,14 @@ from torch import nn
 
 from transformer_course import checkpoint, files
 from transformer_course.checkpoint import (
+    FILES,
     MODELS,
     build_model,
     load_model,
     read_checkpoint,
     restore_checkpoint,
     save_checkpoint,
+    verified_checkpoint,
 )
 from transformer_course.gpt import GPT, GPTConfig
 
@@ -235,3 +237,15 @@ def test_damaged_json_is_named(tmp_path, lost):
         rewrite(tmp_path / 'c', **({'sha256': hashes} if ' ' in lost else {lost: ...}))
     with pytest.raises(ValueError, match='checkpoint.json is damaged'):
         load_model(tmp_path / 'c')
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_one_changed_bit_in_a_tensor_file_is_noticed(tmp_path, name):
+    model = nn.Linear(3, 2)
+    save_checkpoint(tmp_path / 'run', model, rng=dict(batches=torch.ones(8)))
+    path = tmp_path / 'run' / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of a number: the file can still be read
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f'{name} is missing, truncated or changed'):
+        verified_checkpoint(tmp_path / 'run')
