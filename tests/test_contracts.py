@@ -32,36 +32,41 @@ class TextConfig(BlockConfig):
     block_size: int = T
 
 
-class Tagger(nn.Module):
-    "An encoder that says something of each token: `model(idx, lengths, targets)`."
+class TextModel(nn.Module):
+    "What both models below begin with: a config, and a vector for each token and each place."
 
     config_class = TextConfig
 
-    def __init__(self, config, generator=None):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+
+    def embed(self, idx, start=0):
+        return self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
+
+
+class Tagger(TextModel):
+    "An encoder that says something of each token: `model(idx, lengths, targets)`."
+
+    def __init__(self, config, generator=None):
+        super().__init__(config)
         self.blocks = make_blocks(config, causal=False)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
         init_weights(self, generator)
 
     def forward(self, idx, lengths, targets=None):
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
-        logits = self.head(run_blocks(self.blocks, x, mask=padding_mask(lengths, idx.shape[1])))
+        mask = padding_mask(lengths, idx.shape[1])
+        logits = self.head(run_blocks(self.blocks, self.embed(idx), mask=mask))
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 
-class Translator(nn.Module):
+class Translator(TextModel):
     "An encoder and a decoder that looks at it: `model(source, lengths, idx, targets)`."
 
-    config_class = TextConfig
-
     def __init__(self, config, generator=None):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        super().__init__(config)
         self.encoder = make_blocks(config, causal=False)
         self.decoder = make_blocks(config, cross=True)
         self.ln_f = make_norm(config.norm, config.n_embd)
@@ -73,13 +78,12 @@ class Translator(nn.Module):
 
     def encode(self, source, lengths):
         mask = padding_mask(lengths, source.shape[1])
-        x = self.wte(source) + self.wpe.weight[: source.shape[1]]
-        return dict(memory=run_blocks(self.encoder, x, mask=mask), memory_mask=mask)
+        memory = run_blocks(self.encoder, self.embed(source), mask=mask)
+        return dict(memory=memory, memory_mask=mask)
 
     def decode(self, idx, *, cache=None, last_only=False, **context):
         start = 0 if cache is None else cache.length
-        x = self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
-        x = run_blocks(self.decoder, x, cache=cache, **context)
+        x = run_blocks(self.decoder, self.embed(idx, start), cache=cache, **context)
         return self.lm_head(self.ln_f(x[:, -1:] if last_only else x))
 
     def forward(self, *batch, **how):
