@@ -206,7 +206,7 @@ class Block(nn.Module):
         if not isinstance(config, BlockConfig):
             raise ValueError(f'config={config!r}: write Block(BlockConfig(n_embd=16, n_head=4))')
         self.norm_first, self.cross = config.norm_first, cross
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.ln_1, self.attn = norm_of(config), attention_of(config, causal=causal)
         if cross:
             self.ln_cross_attn = norm_of(config)

@@ -8,7 +8,6 @@ __all__ = ['split_heads', 'merge_heads', 'head_sizes', 'combine_masks', 'cross_h
 
 # %% ../nbs/04_multihead.ipynb #dae13fc6
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ def split_heads(
     "Cut the channels into heads and bring the head axis forward."
     if x.dim() != 3:
         raise ValueError(f'x has shape {tuple(x.shape)}: give (B, T, C), for example x[None]')
-    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+    return x.reshape(*x.shape[:2], n_head, -1).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
 # %% ../nbs/04_multihead.ipynb #6dac6d4b
 def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, H*D)
@@ -143,8 +142,10 @@ class MultiHeadAttention(nn.Module):
         "q (B, H, T, D), k and v (B, n_kv_head, S, D), ready to be compared."
         H, Hk, start = self.n_head, self.n_kv_head, 0 if cache is None else cache.length
         if memory is None:  # queries and keys are made ready in one go
-            qk, v = split_heads(self.c_attn(x), H + 2 * Hk).split([H + Hk, Hk], 1)
-            q, k = make_ready(qk, self.qk_norm, rotary, start).split([H, Hk], 1)
+            qkv = split_heads(self.c_attn(x), H + 2 * Hk)
+            qk, v = qkv.split_with_sizes([H + Hk, Hk], 1)
+            qk = make_ready(qk, self.qk_norm, rotary, start)
+            q, k = qk.split_with_sizes([H, Hk], 1)
         else:
             q, k, v = cross_heads(self.c_attn, x, memory, self.head_size)
             q, k = (make_ready(z, self.qk_norm, rotary, start) for z in (q, k))
@@ -155,8 +156,10 @@ class MultiHeadAttention(nn.Module):
         causal, window = (self.causal, self.window) if memory is None else (False, None)
         mask, triangle = kernel_mask(q.shape[2], k.shape[2], mask, causal, window, q.device)
         p, grouped = self.attn_dropout * self.training, self.n_kv_head != self.n_head
-        attend = partial(F.scaled_dot_product_attention, scale=self.scale, enable_gqa=grouped)
-        return self.c_proj(merge_heads(attend(q, k, v, mask, p, triangle)))  # -> (B, T, C)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, p, triangle, scale=self.scale, enable_gqa=grouped
+        )
+        return self.c_proj(merge_heads(out))  # (B, H, T, D) -> (B, T, C)
 
     @torch.no_grad()
     def weights(self, x, memory=None, *, mask=None, rotary=None):  # (B, H, T, S), to look at
