@@ -31,7 +31,7 @@ setuptools.setup(
     ]
     + [f'Programming Language :: Python :: {v}' for v in pythons],
     packages=setuptools.find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_name']: ['course/*.json']},
+    package_data={cfg['lib_name']: ['course/*.json', 'course/runs/*.json']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require={name: extra(name) for name in ('course', 'dev', 'bench')},
     python_requires='>=' + cfg['min_python'],

@@ -59,17 +59,18 @@ def test_record_and_read_back(project, recording):
     known = dict(unit='ratio', seed=0, seconds=0.5, reference='AIAYN 3.2.1')
     claims.measured('A2', 'variance of q·k', 1.01, within=(0.85, 1.15), **known)
     claims.measured('A3', 'line\u2028separator | <|endoftext|>', True, equals=True)
-    claims.measured('M4', 'gain', float('nan'), at_least=1, weak=True)
+    claims.measured('M4', 'gain', float('nan'), at_least=1, verdict='does not hold')
     table = claims.show()
     assert listed(project) == ['results/claims/03_attention.jsonl', 'settings.ini']
     lines = (recording / '03_attention.jsonl').read_text(encoding='utf-8').split('\n')
-    wanted = dict(claim='A2', name='variance of q·k', value=1.01, holds=True, **known)
+    wanted = dict(claim='A2', name='variance of q·k', value=1.01, verdict='holds', **known)
+    wanted |= dict(worst=None, null=None, why='')
     assert json.loads(lines[0]) == {**wanted, 'threshold': {'within': [0.85, 1.15]}}
     assert 'NaN' not in lines[2]
     back = load_records(recording)['03_attention']
     assert back[:2] == claims.records[:2]
-    assert back[2]['value'] is None and verdict(back[2]) == 'weak'
-    assert 'not finite' in repr(Table(back)) and 'weak' in repr(table)
+    assert back[2]['value'] is None and verdict(back[2]) == 'does not hold'
+    assert 'not finite' in repr(Table(back)) and 'does not hold' in repr(table)
 
 
 def test_a_second_run_replaces_the_file(recording):
@@ -152,13 +153,16 @@ def test_thresholds(capsys, threshold, value, holds):
     if holds:
         assert claims.measured('X', 'figure', value, **threshold) == value
     else:
-        with pytest.raises(AssertionError, match='Claim X does not hold: figure came out at'):
+        with pytest.raises(AssertionError, match='Claim X: figure came out at .* chapter says'):
             claims.measured('X', 'figure', value, **threshold)
-        assert claims.records[-1]['holds'] is False
-        claims.measured('X', 'figure', value, weak=True, **threshold)
-        assert verdict(claims.records[-1]) == 'weak'
+        assert claims.records == []
+        claims.measured('X', 'figure', value, verdict='does not hold', **threshold)
     assert len(claims.records) == 1
-    assert capsys.readouterr().out.splitlines()[0].endswith('holds' if holds else 'does not hold')
+    said = 'holds' if holds else 'does not hold'
+    assert verdict(claims.records[0]) == said
+    with pytest.raises(AssertionError, match='the chapter says'):
+        claims.measured('X', 'figure', value, verdict='weak', **threshold)
+    assert capsys.readouterr().out.splitlines()[0].endswith(said)
 
 
 # ---------------------------------------------------------------- fresh processes

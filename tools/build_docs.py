@@ -38,7 +38,13 @@ PARTS = [
     ('Part VI: why', 23, 99),
 ]
 SUPPORT = ['sources', 'figures', 'plots', 'matrices', 'graphs', 'walk', 'progress']
-SUPPORT += ['records', 'claims', 'ledger', 'pages']  # in this order; then the others, by name
+SUPPORT += [
+    'records',
+    'claims',
+    'ledger',
+    'pages',
+    'long_runs',
+]  # in this order; then the others, by name
 
 
 def chapters(nbs):

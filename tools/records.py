@@ -38,30 +38,34 @@ def without_records(root, records, books):
 
 
 def unmeasured(records, books):
-    "Claims that a chapter is there for and has not recorded, and headlines that no record has."
+    "Claims that a chapter is there for and has not recorded."
     for entry in ledger(records):
-        claim = entry.claim
         for name in entry.planned:
             if name in books:
                 mend = 'measure it there, or take the chapter off the list of claims'
-                yield f'claim {claim.id} has no record in {name}: {mend}'
-        named = [r for _, r in entry.found if r['name'] == claim.headline]
-        if claim.headline and set(claim.chapters) <= records.keys() and not named:
-            which = 'which the list of claims names as its headline'
-            yield f'claim {claim.id}: no record is called "{claim.headline}", {which}'
+                yield f'claim {entry.claim.id} has no record in {name}: {mend}'
 
 
 def broken(records):
-    "Records that do not hold, whatever they say of themselves."
+    "Records whose verdict is not the one that their numbers give."
     for name, rows in records.items():
         for r in rows:
-            holds = judge(float('nan') if r['value'] is None else r['value'], r['threshold'])
-            if holds is False and not (r['threshold'] or {}).get('weak'):
-                figure = f'{r["name"]} is {r["value"]}, threshold {r["threshold"]}'
-                yield f'{name}: {r["claim"]} no longer holds: {figure}'
-            elif holds != r['holds']:
-                says = f'the record says {verdict(r)}, its numbers say otherwise'
+            judged = judge(r['value'], r['threshold'], r['worst'], r['null'])
+            if judged != r['verdict']:
+                says = f'the record says {verdict(r)}, its numbers say {judged or "recorded"}'
                 yield f'{name}: {r["claim"]}, {r["name"]}: {says}'
+
+
+def unreasoned(records):
+    "Thresholds that could be otherwise and come without a reason."
+    for name, rows in records.items():
+        for r in rows:
+            threshold = r['threshold'] or dict(equals=None)
+            exact = 'equals' in threshold or 0 <= threshold.get('at_most', 1) <= 1e-3
+            if not exact and not r['why']:
+                mend = 'say why this was asked, with why='
+                about = f'{name}: {r["claim"]}, {r["name"]}'
+                yield f'{about}: {threshold} is asked without a reason: {mend}'
 
 
 def outdated(root, records):
@@ -92,6 +96,7 @@ def problems(root):
         *unmeasured(records, books),
         *stale(root, records, books),
         *broken(records),
+        *unreasoned(records),
         *unshown,
         *misquoted(root, records, books),
         *outdated(root, records),

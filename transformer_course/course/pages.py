@@ -36,6 +36,14 @@ def _want(
     return f" (asked: {asked(record['threshold'])})" if record['threshold'] else ''
 
 # %% ../../nbs/support/pages.ipynb #72eda9e0
+def _count(
+    entry: Entry,  # a claim with its records
+) -> str:
+    "How many figures the verdict rests on"
+    asked, short = len(entry.asked), len(entry.short)
+    return f'{asked - short} of {asked} figures as asked' if asked else 'nothing asked'
+
+
 def _short(
     entry: Entry,  # a claim with its records
 ) -> list[str]:
@@ -69,7 +77,8 @@ def entry_text(
         return f'{title}\n\n**planned** · to be measured in {coming}: {claim.wanted}.{reference}'
     chapter, record = entry.headline
     name, figure, want = escaped(record['name']), _figure(record), _want(record)
-    verdict = f'**{overall(entry)}** · *{name}* · **{figure}**{want} · {_link(chapter)}.{reference}'
+    verdict = f'**{overall(entry)}** ({_count(entry)}) · *{name}* · **{figure}**{want}'
+    verdict += f' · {_link(chapter)}.{reference}'
     parts = [title, verdict]
     if short := _short(entry):
         parts.append(f"Fell short: {'; '.join(short)}.")
