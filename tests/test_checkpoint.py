@@ -16,12 +16,15 @@ from transformer_course.checkpoint import (
     MODELS,
     build_model,
     load_model,
+    read_about,
     read_checkpoint,
     restore_checkpoint,
     save_checkpoint,
     verified_checkpoint,
 )
+from transformer_course.files import signed
 from transformer_course.gpt import GPT, GPTConfig
+from transformer_course.int8 import load_int8
 
 SHAPE = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 GPTS = [
@@ -106,13 +109,13 @@ def test_a_model_without_config_is_saved_and_brought(tmp_path):
 
 
 def rewrite(folder, **changes):
-    "Change checkpoint.json as a stranger could: it has no checksum of its own."
+    "Change checkpoint.json as a stranger could who knows how it is signed."
     path = folder / 'checkpoint.json'
     about = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in about.items() if v is not Ellipsis}))
+    path.write_text(json.dumps(signed({k: v for k, v in about.items() if v is not Ellipsis})))
 
 
-@pytest.mark.parametrize('name', ['evil', 'evil.GPT', 'os', '..evil', 3, ['GPT'], None, ''])
+@pytest.mark.parametrize('name', ['evil', 'evil.GPT', 'os', '..evil', ''])
 def test_a_checkpoint_cannot_name_a_module(tmp_path, monkeypatch, name):
     (tmp_path / 'evil.py').write_text('raise SystemExit("a stranger ran code")')
     monkeypatch.syspath_prepend(tmp_path)
@@ -164,7 +167,7 @@ def test_optimisers_come_back_with_their_pairs(tmp_path):
     save_checkpoint(tmp_path / 'c', model, [optimizer], rng=dict(batches=torch.get_rng_state()))
     twin = torch.optim.AdamW(weights(1).parameters())
     _, rng = restore_checkpoint(tmp_path / 'c', weights(1), [twin])
-    assert twin.param_groups[0]['betas'] == (0.8, 0.9) and list(rng) == ['batches']
+    assert twin.param_groups[0]['betas'] == (0.9, 0.999) and list(rng) == ['batches']
     ours, theirs = (o.state_dict()['state'] for o in (optimizer, twin))
     assert all(torch.equal(ours[p][k], theirs[p][k]) for p in ours for k in ours[p])
     with pytest.raises(ValueError, match='of 1 optimisers, there are 2'):
@@ -235,7 +238,8 @@ def test_damaged_json_is_named(tmp_path, lost):
         (tmp_path / 'c/checkpoint.json').write_text('[1, 2]')
     else:
         rewrite(tmp_path / 'c', **({'sha256': hashes} if ' ' in lost else {lost: ...}))
-    with pytest.raises(ValueError, match='checkpoint.json is damaged'):
+    words = 'checkpoint.json.*(lacks|no object)|has format None|lacks its list of files'
+    with pytest.raises(ValueError, match=words):
         load_model(tmp_path / 'c')
 
 
@@ -249,3 +253,100 @@ def test_one_changed_bit_in_a_tensor_file_is_noticed(tmp_path, name):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f'{name} is missing, truncated or changed'):
         verified_checkpoint(tmp_path / 'run')
+
+
+def test_every_bit_of_checkpoint_json_counts(tmp_path):
+    "A description with one bit turned over is refused or means the same."
+    model = weights(n_layer=1, n_head=1)
+    save_checkpoint(tmp_path / 'c', model, state=dict(step=3, text=dict(source='é')))
+    path, about = tmp_path / 'c/checkpoint.json', read_checkpoint(tmp_path / 'c')[0]
+    whole, same = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        byte, flip = divmod(bit, 8)
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << flip]) + whole[byte + 1 :])
+        try:
+            assert read_about(tmp_path / 'c')[0] == about
+            same += 1
+        except ValueError as e:
+            assert '\n' not in str(e)
+    assert same < len(whole) / 50
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(n_head=2),
+        dict(n_layer=10**7),
+        dict(block_size=10**9),
+        dict(n_embd=-16),
+        dict(norm='plain'),
+        dict(n_layer='1'),
+        dict(tie_weights=False),
+    ],
+    ids=str,
+)
+def test_a_signed_config_that_does_not_fit_the_weights_is_refused(tmp_path, change):
+    save_checkpoint(tmp_path / 'c', weights(n_layer=1, n_head=1, position='rotary'))
+    about = read_about(tmp_path / 'c')[0]
+    rewrite(tmp_path / 'c', config=about['config'] | change)
+    if change == dict(n_head=2):  # heads leave no trace in the shapes: what is signed is believed
+        assert load_model(tmp_path / 'c')[0].config.n_head == 2
+        return
+    with pytest.raises(ValueError):
+        load_model(tmp_path / 'c')
+
+
+def test_an_unsigned_change_is_refused(tmp_path):
+    "Four heads for two: the shapes are the same, the model would write something else."
+    save_checkpoint(tmp_path / 'c', weights(n_layer=1, n_head=1))
+    path = tmp_path / 'c/checkpoint.json'
+    text = path.read_text()
+    assert '"n_head": 1' in text
+    path.write_text(text.replace('"n_head": 1', '"n_head": 2'))
+    for read in (load_model, read_checkpoint, verified_checkpoint, read_about, load_int8):
+        with pytest.raises(ValueError, match='was changed'):
+            read(tmp_path / 'c')
+    path.write_text(text.replace('"sha256": {', '"sha256": {"/dev/zero": "0", '))
+    with pytest.raises(ValueError, match='was changed'):
+        load_model(tmp_path / 'c')
+
+
+def test_a_reader_is_overtaken(tmp_path, monkeypatch):
+    "A new checkpoint comes between the description and the weights: all is read again."
+    old, new = weights(n_layer=1, n_head=1), weights(n_layer=1, n_head=1)
+    nn.init.ones_(new.lm_head.weight)
+    save_checkpoint(tmp_path / 'c', old, state=dict(step=1))
+    plain, times = checkpoint.TensorFile, []
+
+    def overtaken(path):
+        if not times:
+            save_checkpoint(tmp_path / 'c', new, state=dict(step=2))
+        times.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(checkpoint, 'TensorFile', overtaken)
+    model, about = load_model(tmp_path / 'c')
+    assert about['step'] == 2 and torch.equal(model.lm_head.weight, new.lm_head.weight)
+    assert len(times) == 2
+
+
+def test_all_files_may_be_read_by_those_whom_the_umask_lets(tmp_path):
+    save_checkpoint(tmp_path / 'c', nn.Linear(2, 2))
+    (tmp_path / 'plain').touch()
+    modes = {p.stat().st_mode for p in (tmp_path / 'c').iterdir()}
+    assert modes == {(tmp_path / 'plain').stat().st_mode}
+
+
+def test_settings_of_an_optimiser_are_those_it_was_made_with(tmp_path):
+    "Who goes on with another step size gets it, with the averages of before."
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / 'c', model, [optimizer])
+    bolder = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.8, 0.9))
+    restore_checkpoint(tmp_path / 'c', model, [bolder])
+    group = bolder.param_groups[0]
+    assert group['lr'] == 0.5 and group['betas'] == (0.8, 0.9)
+    for p in model.parameters():
+        assert torch.equal(bolder.state[p]['exp_avg'], optimizer.state[p]['exp_avg'])

@@ -10,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from transformer_course.checkpoint import load_model
+from transformer_course.data import CharTokenizer
+from transformer_course.files import signed
+from transformer_course.prepare import prepare
 
 COMMAND = Path(sys.executable).with_name('transformer-course')
 SMALL = (
@@ -99,17 +105,20 @@ def test_sample_continues_the_prompt_and_repeats_itself(trained):
     assert first.startswith('To be') and len(first) == len('To be') + 40 + 1
 
 
-def test_prompt_understands_a_written_newline(trained):
-    assert trained('sample', '--prompt', '\\nTo', '--max_new_tokens', 1).stdout.startswith('\nTo')
+def test_a_prompt_begins_with_a_newline_unless_told_otherwise(trained):
+    assert trained('sample', '--max_new_tokens', 1).stdout.startswith('\n')
 
 
 def test_a_prompt_is_taken_as_typed(run):
     "Dashes may stand for underscores in the names of flags, and nowhere else."
-    (run.folder / 'my.txt').write_text(TEXT + '-- a-b-c\n' * 200)
+    (run.folder / 'my.txt').write_text(TEXT + '-- a-b-c \\\n' * 200)
     assert run('train', '--text', 'my.txt', *SMALL, '--max_iters', 1).returncode == 0
-    for prompt in (['--prompt', '-- a-b-c'], ['--prompt=-- a-b-c']):
-        out = run('sample', *prompt, '--max-new-tokens', 1).stdout
-        assert out.startswith('-- a-b-c')
+    for prompt in ('-- a-b-c', '--', 'b\\nub'):
+        for words in (['--prompt', prompt], [f'--prompt={prompt}']):
+            if words == ['--prompt', '--']:
+                continue  # two dashes alone end the flags, as in every command
+            out = run('sample', *words, '--max-new-tokens', 1).stdout
+            assert out.startswith(prompt), words
 
 
 def test_info_tells_what_the_checkpoint_holds(trained):
@@ -186,7 +195,16 @@ BAD = [
     (['train', '--config', 'nope.json'], ['nope.json', 'JSON']),
     (['train', '--config', 'my.txt'], ['my.txt', 'not JSON']),
     (['train', '--config', 'odd.json'], ["'colour'", '--help']),
-    (['train', '--config', 'list.json'], ['list.json', 'not an object']),
+    (['train', '--config', 'list.json'], ['list.json', 'no object']),
+    (['train', '--config', 'deep.json'], ['deep.json', 'too deeply']),
+    (['train', '--config', 'whole.json'], ['max_iters=8.5', 'whole number']),
+    ([*MY, '--data', 'x'], ['my.txt', 'one of the two']),
+    (['train', '--data', 'x', '--val_fraction', '0.2'], ['--val_fraction', '--text']),
+    ([*MY, '--resume', '--overwrite'], ['--resume', '--overwrite']),
+    ([*MY, '--seed', '9' * 20], ['seed=', 'from 0 to']),
+    ([*MY, '--mlp_ratio', '1e9'], ['GiB', 'mlp_ratio']),
+    ([*MY, '--device', 'cpu:x'], ['cpu:x', 'auto']),
+    ([*MY, '--vocab_size', '64'], ['vocab_size=64', 'too large']),
     (['train', '--config', 'type.json'], ["n_layer='two'", 'whole number']),
     (['train', '--resume'], ['no checkpoint', 'out']),
     (['sample'], ['no checkpoint', 'train one first']),
@@ -202,6 +220,8 @@ FILES = {
     'latin1.txt': b'caf\xe9 ' * 100,
     'odd.json': b'{"colour": 1}',
     'list.json': b'[4]',
+    'deep.json': b'[' * 200_000,
+    'whole.json': b'{"max_iters": 8.5}',
     'type.json': b'{"n_layer": "two", "text": "my.txt"}',
 }
 
@@ -221,17 +241,25 @@ def test_bad_input_gets_one_line_and_status_2(run, args, words):
 BAD_FOR_A_CHECKPOINT = [
     (['sample', '--prompt', '☃'], ['☃', 'vocabulary']),
     (['sample', '--prompt', ''], ['prompt is empty']),
-    (['sample', '--temperature', '-1'], ['temperature=-1', 'at least 0']),
+    (['sample', '--temperature', '-1'], ['temperature=-1', 'must be 0']),
     (['sample', '--top_k', '0'], ['top_k=0', 'at least 1']),
     (['sample', '--top_p', '1.5'], ['top_p=1.5']),
     (['train', '--resume', '--n_layer', '2'], ['n_layer=1', 'without --resume']),
     (['train', '--resume', '--text', 'other.txt'], ['another text', 'my.txt']),
+    (['train', '--resume', '--seed', '7'], ['seed=1337', 'cannot change']),
+    (['train', '--resume', '--optimizer', 'adamw'], ['optimizer=muon', 'cannot change']),
+    (['train', '--resume', '--val_fraction', '0.2'], ['val_fraction=0.1', 'cannot change']),
+    (['train', '--resume', '--config', 'head.json'], ['n_head=2', 'cannot change']),
+    (['train', '--text', 'my.txt'], ['holds a run already', '30 of 30 steps', '--overwrite']),
+    (['sample', '--temperature', '1e-40'], ['temperature=1e-40', '0.001']),
+    (['sample', '--num_samples', '-2'], ['num_samples=-2', 'at least 1']),
 ]
 
 
 @pytest.mark.parametrize('args, words', BAD_FOR_A_CHECKPOINT)
 def test_bad_input_to_a_checkpoint(trained, args, words):
     (trained.folder / 'other.txt').write_text('x' * 1000)
+    (trained.folder / 'head.json').write_text('{"n_head": 4}')
     result = trained(*args)
     assert one_line(result), result.stderr
     for word in words:
@@ -265,17 +293,23 @@ def test_a_full_disk_is_said_in_one_line(run):
     assert one_line(result) and 'free some space' in result.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(run):
-    args = [*MY, *SMALL, '--max_iters', '100000', '--eval_interval', '10']
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_update_in_hand_and_says_how_to_go_on(run, number):
+    args = [*MY, *SMALL, '--max_iters', '100000', '--eval_interval', '10', '--out_dir', 'mine']
     process = subprocess.Popen(
         [COMMAND, *args], cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith('step    20'):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and '--resume' in err and 'Traceback' not in err
+    assert process.returncode == 130 and 'Traceback' not in err
+    step = about(run.folder, 'mine')['step']
+    hint = f'stopped after {step} updates, saved; go on with: transformer-course train --resume'
+    assert err.strip().endswith(f'{hint} --out_dir mine') and step == len(
+        losses(run.folder, 'mine')
+    )
 
 
 def test_a_log_has_every_update_once_also_after_a_resume(trained):
@@ -367,3 +401,87 @@ def test_starts_as_fast_as_torch():
         return min(float(d.stdout) for d in done)
 
     assert seconds('transformer_course.cli') < seconds('torch') + 0.2
+
+
+# ---------------------------------------------------------------- what was asked for is in force
+
+
+@pytest.mark.parametrize('how', ['flags', 'file'])
+def test_settings_that_change_on_resume_take_effect(trained, how):
+    "A step size of nothing teaches nothing: the weights stay, and log and checkpoint say why."
+    still = dict(learning_rate=0.0, muon_lr=0.0, weight_decay=0.0, max_iters=40)
+    (trained.folder / 'still.json').write_text(json.dumps(still))
+    flags = [word for k, v in still.items() for word in (f'--{k}', v)]
+    asked = flags if how == 'flags' else ['--config', 'still.json']
+    before = load_model(trained.folder / 'out/checkpoint')[0].state_dict()
+    result = trained('train', '--resume', *asked)
+    assert result.returncode == 0 and 'changed learning_rate: 0.005 until now, 0.0' in result.stdout
+    after = load_model(trained.folder / 'out/checkpoint')[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert about(trained.folder)['train']['learning_rate'] == 0.0
+    [noted] = [r['changed'] for r in lines(trained.folder) if 'changed' in r]
+    assert noted['learning_rate'] == [0.005, 0.0]
+
+
+def test_a_run_is_replaced_only_when_asked(trained):
+    again = ['train', '--text', 'my.txt', *SMALL, '--max_iters', 2]
+    assert one_line(trained(*again)) and about(trained.folder)['step'] == 30
+    assert trained(*again, '--overwrite').returncode == 0 and about(trained.folder)['step'] == 2
+
+
+def test_two_runs_in_one_folder(run):
+    "The second is told who has it; when the first is killed, the folder is free."
+    args = [*MY, *SMALL, '--max_iters', '100000', '--eval_interval', '10']
+    first = subprocess.Popen([COMMAND, *args], cwd=run.folder, stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if line.startswith('step    10'):
+            break
+    result = run(*MY, *SMALL, '--overwrite')
+    assert one_line(result) and f'in use by process {first.pid}' in result.stderr
+    first.kill()
+    first.communicate()
+    assert run(*MY, *SMALL, '--max_iters', 1, '--overwrite').returncode == 0
+
+
+@pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='cp1252'), dict(LC_ALL='C', PYTHONUTF8='0')])
+def test_a_terminal_without_the_characters_of_the_text(run, env):
+    (run.folder / 'my.txt').write_text('但是他們不知道 ☃\n' * 400, encoding='utf-8')
+    result = run(*MY, *SMALL, '--max_iters', 2, env=os.environ | env)
+    assert result.returncode == 0, result.stderr
+    assert run('sample', '--max_new_tokens', 20, env=os.environ | env).returncode == 0
+
+
+def test_a_pipe_that_closes_early(trained):
+    words = f'{COMMAND} sample --max_new_tokens 2000 | head -c 20'
+    result = subprocess.run(words, shell=True, cwd=trained.folder, capture_output=True, text=True)
+    assert len(result.stdout) == 20 and result.stderr == ''
+
+
+def test_a_text_without_a_newline_can_be_continued(run):
+    (run.folder / 'my.txt').write_text('{"to": "be", "or": ["not"]}' * 200)
+    assert run(*MY, *SMALL, '--max_iters', 1).returncode == 0
+    assert run('sample', '--max_new_tokens', 5).returncode == 0
+
+
+def test_a_long_text_is_scored_in_part_and_at_the_end_as_a_whole(run):
+    result = run(*MY, *SMALL, '--max_iters', 2, '--eval_tokens', 100)
+    assert 'to validate on (while training, the first 100)' in result.stdout
+    assert re.search(r'whole   val loss \d\.\d+ nats per character over all of it', result.stdout)
+
+
+def test_a_bit_that_turned_over_in_the_shards_is_not_learned(run):
+    prepare(run.folder / 'data', [TEXT] * 8, CharTokenizer.train(TEXT), val_fraction=0.3)
+    args = ['train', '--data', 'data', *SMALL, '--max_iters', 1, '--overwrite']
+    assert run(*args).returncode == 0
+    for name in ('train/00000.bin', 'train/index.json', 'val/index.json', 'tokenizer.json'):
+        path = run.folder / 'data' / name
+        good = path.read_bytes()
+        path.write_bytes(good[:30] + bytes([good[30] ^ 1]) + good[31:])
+        result = run(*args)
+        assert one_line(result) and path.name in result.stderr, name
+        path.write_bytes(good)
+    index = json.loads((run.folder / 'data/train/index.json').read_text())
+    index['shards'][0]['file'] = '../../my.txt'
+    (run.folder / 'data/train/index.json').write_text(json.dumps(signed(index)))
+    result = run(*args)
+    assert one_line(result) and 'damaged' in result.stderr

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sync', 'write_file', 'write_folder', 'present', 'steady', 'checksum', 'read_json', 'signature', 'signed',
-           'read_signed']
+           'read_signed', 'take_lock', 'only_one']
 
 # %% ../nbs/support/files.ipynb #69b90cd9
 import hashlib
@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/support/files.ipynb #f4f80eda
@@ -175,3 +176,41 @@ def read_signed(
     if about.get('check') != signature(about):
         raise ValueError(f'{str(path)!r} was changed (its checksum is wrong): {mend}')
     return about
+
+# %% ../nbs/support/files.ipynb #c2796d63
+def take_lock(
+    file,  # open for writing
+) -> bool:  # False: another process has it
+    "Lock a file until it is closed, without waiting."
+    try:
+        if os.name == 'nt':
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def only_one(
+    folder: str | Path,  # made if need be
+):
+    "Keep every other process out that asks in the same way; `ValueError` if one is in."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / '.lock', 'a+', encoding='utf-8') as file:
+        if not take_lock(file):
+            file.seek(0)
+            raise ValueError(
+                f'{str(folder)!r} is in use by process {file.read().strip() or "?"}: '
+                'wait for its end, stop it, or choose another folder'
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

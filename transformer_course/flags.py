@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['COMMENT', 'SWITCH', 'field_comments', 'parse_value', 'Parser', 'wide', 'underscored', 'as_typed', 'add_fields',
-           'merge_settings', 'pick']
+           'read_settings', 'merge_settings', 'pick']
 
 # %% ../nbs/support/flags.ipynb #e0020fe8
 import argparse
 import contextlib
 import difflib
 import inspect
-import json
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from .files import read_json
 from .settings import NEEDED, base_type, fits
 
 # %% ../nbs/support/flags.ipynb #0c30366d
@@ -118,30 +118,29 @@ def add_fields(
         )
 
 # %% ../nbs/support/flags.ipynb #e3aee1eb
+def read_settings(
+    config: str | Path | None,  # a JSON file of settings, or nothing
+    known: dict,  # every setting there is
+) -> dict:  # those in the file
+    "A file of settings; a name that is none of them raises a `ValueError`."
+    if config is None:
+        return {}
+    read = read_json(config, 'give --config a file like {"n_layer": 4}')
+    if unknown := sorted(set(read) - set(known)):
+        raise ValueError(
+            f'--config {config}: {unknown[0]!r} is no setting: '
+            'transformer-course train --help lists them'
+        )
+    return read
+
+
 def merge_settings(
     defaults: dict,  # every setting and its default
     given: dict,  # the flags that were typed
     config: str | Path | None = None,  # a JSON file of settings
 ) -> dict:  # every setting
     "Flags win over the file, the file over the defaults."
-    if config is None:
-        return defaults | given
-    try:
-        read = json.loads(Path(config).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise ValueError(f'--config {config}: {e.strerror}: give a JSON file of settings') from None
-    except ValueError as e:
-        raise ValueError(
-            f'--config {config} is not JSON ({e}): write it like {{"n_layer": 4}}'
-        ) from None
-    if not isinstance(read, dict):
-        raise ValueError(f'--config {config} is not an object: write it like {{"n_layer": 4}}')
-    if unknown := sorted(set(read) - set(defaults)):
-        raise ValueError(
-            f'--config {config}: {unknown[0]!r} is no setting: '
-            'transformer-course train --help lists them'
-        )
-    return defaults | read | given
+    return defaults | read_settings(config, defaults) | given
 
 # %% ../nbs/support/flags.ipynb #11ce3e36
 def pick(cls: type, values: dict):

@@ -25,10 +25,14 @@ def read_log(
     records = []
     for n, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
             raise ValueError(
-                f'{str(path)!r} line {n} is not JSON: is it a log of this course? Name another file'
+                f'{str(path)!r} line {n} is no record of a step: '
+                'is it a log of this course? Name another file'
             ) from None
     return records
 
@@ -52,15 +56,19 @@ class LogFile:
         self,
         path: str | Path,  # the file, ending in .jsonl
         every: int = 1,  # write each so many updates
+        changed: dict | None = None,  # settings that are new from here on, as a record
     ):
         if every < 1:
             raise ValueError(f'every={every} must be at least 1')
-        self.path, self.every, self.file, self.evaluated = Path(path), every, None, set()
+        self.path, self.every, self.changed = Path(path), every, changed
+        self.file, self.evaluated = None, set()
 
     def begin(self, step: int) -> None:  # the first step that is not in the past
         self.evaluated = {r['step'] for r in drop_from(self.path, step) if 'val' in r}
         # with buffering=1 a line leaves as soon as it is whole
         self.file = open(self.path, 'a', encoding='utf-8', buffering=1)
+        if self.changed:
+            self.file.write(json.dumps(dict(step=step, changed=self.changed)) + '\n')
 
     def __call__(self, step: int, record: dict) -> None:
         if self.file is None:

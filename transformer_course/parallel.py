@@ -7,7 +7,6 @@ __all__ = ['Batch', 'global_batch', 'FixedBuckets', 'DataParallel', 'start', 'st
 
 # %% ../nbs/support/parallel.ipynb #9469684f
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checkpoint import read_about
 from .files import present
 from transformer_course.processes import (
     ProcessGroup,
@@ -135,7 +135,7 @@ def should_resume(
     if asked or 'RANK' not in env or not about.exists():
         return asked
     run = env.get('TORCHELASTIC_RUN_ID', 'none')
-    if json.loads(about.read_text(encoding='utf-8')).get('run') != run:
+    if read_about(folder)[0].get('run') != run:
         return False
     restarted = env.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
     return run != 'none' or restarted  # a launch without an id of its own: only after a restart

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .data import CharTokenizer
-from .files import write_folder
+from .files import checksum, write_folder
 from .progress import progress
 from .shards import ShardWriter
 from .tokenizer import BPETokenizer
@@ -32,11 +32,14 @@ def tokenizer_from(
     saved: dict,  # what `tokenizer.save` wrote, as JSON
 ) -> CharTokenizer | BPETokenizer:
     "A tokenizer of either kind."
-    if saved.get('kind') == 'char':
-        return CharTokenizer(saved['chars'])
-    if saved.get('kind') == 'bpe':
-        tokens = [t.encode('latin-1') for t in saved['tokens']]
-        return BPETokenizer(tokens, saved['special_tokens'])
+    try:
+        if saved.get('kind') == 'char':
+            return CharTokenizer(saved['chars'])
+        if saved.get('kind') == 'bpe':
+            tokens = [t.encode('latin-1') for t in saved['tokens']]
+            return BPETokenizer(tokens, saved['special_tokens'])
+    except (KeyError, TypeError, AttributeError, UnicodeError) as e:
+        raise ValueError(f'the tokenizer is damaged ({e}): use another copy') from None
     raise ValueError(
         f'a tokenizer of the kind {saved.get("kind")!r} is not known: it must be char or bpe'
     )
@@ -73,15 +76,16 @@ def prepare(
         for text in progress(documents, desc='documents'):
             writer = val if dice.random() < val_fraction else train
             writer.add(encode(text))
+        tokenizer.save(to / 'tokenizer.json')
+        known = (about or {}) | dict(tokenizer_sha256=checksum(to / 'tokenizer.json'))
         for writer in (train, val):
-            counts[writer.folder.name] = writer.close(about)['tokens']
+            counts[writer.folder.name] = writer.close(known)['tokens']
         for name, tokens in counts.items():
             if not tokens:
                 raise ValueError(
                     f'documents left nothing for {name}: '
                     f'give more documents, or another val_fraction than {val_fraction}'
                 )
-        tokenizer.save(to / 'tokenizer.json')
 
     write_folder(folder, write)
     return counts

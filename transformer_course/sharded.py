@@ -19,8 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import FILES, describe, verified_checkpoint, write_checkpoint
-from .files import present
+from transformer_course.checkpoint import (
+    FILES,
+    describe,
+    read_about,
+    verified_checkpoint,
+    write_checkpoint,
+)
 from .processes import ProcessGroup
 from transformer_course.tensors import (
     TensorFile,
@@ -125,8 +130,7 @@ def verify_once(
     dist.broadcast_object_list(problem, 0)
     if problem[0]:
         raise ValueError(problem[0])
-    place = present(folder)
-    return json.loads((place / 'checkpoint.json').read_text(encoding='utf-8')), place
+    return read_about(folder)
 
 # %% ../nbs/support/sharded.ipynb #1ea6c5fb
 def read_parts(
