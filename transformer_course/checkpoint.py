@@ -116,7 +116,7 @@ KINDS = dict(  # what the entries of checkpoint.json are, where they are there
 )
 OTHER_COPY = 'use another copy, or train again'
 
-
+# %% ../nbs/support/checkpoint.ipynb #8a4aaacd
 def read_about(
     folder: str | Path,  # what `save_checkpoint` wrote
 ) -> tuple[dict, Path]:  # checkpoint.json, and the folder in which the files lie
@@ -245,7 +245,7 @@ def model_like(
         )
     return build_model(cls, config)
 
-
+# %% ../nbs/support/checkpoint.ipynb #b7c99c08
 def load_model(
     folder: str | Path,  # what `train` or `save_checkpoint` left
     model_class: Callable[..., nn.Module] | nn.Module | None = None,  # see `build_model`

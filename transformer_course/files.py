@@ -90,7 +90,7 @@ def present(
     real = Path(os.path.realpath(folder))
     return folder if folder.exists() else real.with_name(f'.{real.name}-old')
 
-
+# %% ../nbs/support/files.ipynb #696db54a
 def steady(
     folder: str | Path,  # what `write_folder` wrote, and may be writing again just now
     name: str,  # a file in it that is new each time
@@ -195,7 +195,7 @@ def take_lock(
         return False
     return True
 
-
+# %% ../nbs/support/files.ipynb #6be77cde
 @contextmanager
 def only_one(
     folder: str | Path,  # made if need be

@@ -97,7 +97,7 @@ def text_pieces(
     if rest := decoder.decode(b'', final=True):
         yield rest
 
-
+# %% ../nbs/support/sample_command.ipynb #3a6315b4
 def continue_text(
     model: GPT,  # in evaluation mode
     tokenizer: CharTokenizer | BPETokenizer,  # knows the prompt's characters
@@ -142,7 +142,7 @@ def open_writer(
     device = find_device('cpu' if config.int8 else config.device)
     return model.to(device), tokenizer_from(about['tokenizer'])
 
-
+# %% ../nbs/support/sample_command.ipynb #459c494d
 def run_sample(config: SampleConfig) -> None:
     "`transformer-course sample`: text from a checkpoint, printed as it is drawn."
     model, tokenizer = open_writer(config)

@@ -11,13 +11,11 @@ import shutil
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
 from .block import Block
 from transformer_course.checkpoint import (
     FILES,
@@ -27,6 +25,8 @@ from transformer_course.checkpoint import (
     write_checkpoint,
 )
 from .processes import ProcessGroup
+
+# %% ../nbs/support/sharded.ipynb #58607ffe
 from transformer_course.tensors import (
     TensorFile,
     check_shapes,

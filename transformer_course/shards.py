@@ -131,7 +131,7 @@ def is_sound(
     except (ValueError, KeyError, TypeError):
         return False
 
-
+# %% ../nbs/support/shards.ipynb #d38eac80
 def read_index(
     folder: str | Path,  # of shards
 ) -> dict:  # what `ShardWriter.close` returned

@@ -17,10 +17,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-
 import torch
 from tqdm import tqdm
-
 from . import logs
 from .checkpoint import read_about
 from transformer_course.corpus import (
@@ -35,6 +33,8 @@ from .data import CharTokenizer
 from .figures import save_png
 from .files import only_one, present
 from .flags import pick, read_settings
+
+# %% ../nbs/support/train_command.ipynb #7bfe62bf
 from .gpt import GPT, GPTConfig, count_params
 from .parallel import should_resume, together
 from .plots import plot_losses
@@ -100,7 +100,7 @@ def train_defaults() -> dict:  # every setting of `transformer-course train`
 # %% ../nbs/support/train_command.ipynb #02410342
 FIXED = ('val_fraction', 'seed', 'optimizer', *(f.name for f in fields(GPTConfig)))
 
-
+# %% ../nbs/support/train_command.ipynb #10015dbb
 def resumed(
     given: dict,  # what was asked for: flags, and settings from a file
     defaults: dict,  # of every setting
@@ -148,7 +148,7 @@ def check_free(
         '--resume, name another --out_dir, or replace it with --overwrite'
     )
 
-
+# %% ../nbs/support/train_command.ipynb #ddded6f9
 def train_settings(
     given: dict,  # the flags that were typed
     config: str | Path | None = None,  # a JSON file of settings
@@ -302,7 +302,7 @@ def asked_to_stop():  # a function: whether Ctrl-C was pressed, or an end was as
         for number, handler in old.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/support/train_command.ipynb #a30ff410
 def changed_settings(
     folder: Path,  # of a checkpoint
     config: TrainConfig,  # to go on with
@@ -320,7 +320,7 @@ def run_train(values: dict, resume: bool = False) -> None:
         with only_one(run.out_dir) if parallel.rank == 0 else nullcontext():
             train_together(values, resume, run, parallel)
 
-
+# %% ../nbs/support/train_command.ipynb #1044d63d
 def train_together(values: dict, resume: bool, run: RunConfig, parallel: SingleProcess) -> None:
     "One process's part of a run."
     data, config = pick(DataConfig, values), pick(TrainConfig, values)

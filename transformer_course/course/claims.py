@@ -128,7 +128,7 @@ def _over_seeds(
     toward = lambda v: (gap(v, threshold), -_spare(v, threshold))
     return middle, max(figures, key=toward) if threshold else None, list(runs)
 
-
+# %% ../../nbs/support/claims.ipynb #f4e55c37
 def _spare(value, threshold):
     "How far inside its bounds a figure lies"
     low, high = threshold.get('within', (-math.inf, math.inf))
