@@ -9,13 +9,14 @@ from torch import nn
 from transformer_course.block import Block
 from transformer_course.experiments.operators import (
     HandBlock,
-    HandMLP,
     LinearAttention,
-    SGDCycles,
     SGDProgram,
     division,
+    dot,
     gd_layer,
     linear_attention,
+    product_units,
+    registers,
 )
 from transformer_course.experiments.regression import gradient_descent
 
@@ -58,7 +59,7 @@ def test_written_blocks_start_as_the_identity_and_run_blocks_code():
 
 def test_instructions_are_arithmetic():
     z = noise(20, 3, 6) * 10
-    block = HandMLP(6, 12).mul({0: 1.0}, {0: 1.0}, 3)
+    block = HandBlock(6, 12).mul({0: 1.0}, {0: 1.0}, 3)
     block.mul({0: 2.0, None: 1.0}, {1: -1.0, 2: 0.5}, 4, factor=3.0)
     got, expected = block(z) - z, torch.zeros_like(z)
     expected[..., 3] = z[..., 0] ** 2
@@ -68,7 +69,26 @@ def test_instructions_are_arithmetic():
     wiped = HandBlock(6, 4).affine({5: -1.0}, 5)(z)[..., 5]
     torch.testing.assert_close(wiped, torch.zeros_like(wiped), atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match='hidden=7'):
-        HandMLP(6, 7).mul({0: 1.0}, {1: 1.0}, 2).mul({0: 1.0}, {1: 1.0}, 2)
+        HandBlock(6, 7).mul({0: 1.0}, {1: 1.0}, 2).mul({0: 1.0}, {1: 1.0}, 2)
+
+
+def test_four_units_are_a_product():
+    z = noise(50, 3) * 10
+    weight, bias, signs = product_units({0: 2.0, None: -1.5}, {1: 1.0, 2: 0.5}, 3)
+    units = torch.nn.functional.relu(z @ weight.T + bias) ** 2
+    assert weight.shape == (4, 3) and signs.sum() == 0
+    expected = (2 * z[:, 0] - 1.5) * (z[:, 1] + 0.5 * z[:, 2])
+    torch.testing.assert_close(units @ signs, expected, atol=1e-10, rtol=0)
+
+
+def test_registers_share_no_channel_and_dot_adds_up():
+    at = registers(x=3, y=1, w=3)
+    assert list(at) == ['x', 'y', 'w'] and sum(at.values(), []) == list(range(7))
+    z = noise(20, 2, 7)
+    block = dot(HandBlock(7, 12), at['x'], at['w'], at['y'][0])
+    expected = torch.einsum('btd,btd->bt', z[..., :3], z[..., 4:])
+    torch.testing.assert_close((block(z) - z)[..., 3], expected, atol=1e-12, rtol=0)
+    assert block.used == 12
 
 
 def test_mov_moves_only_what_is_ordered():
@@ -104,6 +124,7 @@ def test_program_is_torch_sgd(d, k, decay):
 
 def test_program_refuses_and_counts():
     program = SGDProgram(2, 3, 0.1)
-    assert len(program.blocks) == 7 and SGDCycles(2, 3, 0.1).C == program.C == 14
-    with pytest.raises(ValueError, match='give'):
-        program(noise(1, 3, 2), noise(1, 3), noise(1, 2))
+    assert len(program.blocks) == 7 and program.C == 14
+    for x, y in ((noise(1, 3, 2), noise(1, 3)), (noise(1, 4, 2), noise(1, 2))):
+        with pytest.raises(ValueError, match='give'):
+            program(x, y, noise(1, 2))

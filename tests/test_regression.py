@@ -13,6 +13,7 @@ from transformer_course.experiments.regression import (
     gradient_descent,
     implicit_weights,
     linear_tasks,
+    newton,
     pair_tokens,
     ridge,
 )
@@ -91,6 +92,28 @@ def test_gradient_descent_takes_autograd_steps():
     assert torch.equal(gradient_descent(X, Y, 0, 0.3), torch.zeros(3).double())
 
 
+@pytest.mark.parametrize('scale', [0.5, 1.0, 2.0])
+def test_newton_squares_what_is_still_wrong(scale):
+    "In the basis of S the iteration is 1 - (1 - m s)^(2^j) over s, by hand for each direction."
+    X, Y = noise(3, 9, 4), noise(3, 9, seed=1)
+    size, axes = torch.linalg.eigh(X.mT @ X)  # (3, 4)
+    wrong = 1 - scale * size**2 / size.square().sum(-1, keepdim=True)
+    moment = (axes.mT @ (X.mT @ Y[..., None]))[..., 0]
+    for steps in range(5):
+        along = (1 - wrong ** (2**steps)) / size * moment
+        expected = (axes @ along[..., None])[..., 0]
+        torch.testing.assert_close(newton(X, Y, steps, scale), expected)
+
+
+def test_newton_arrives_at_least_squares_and_refuses():
+    X, Y = noise(3, 9, 4), noise(3, 9, seed=1)
+    expected = torch.linalg.lstsq(X, Y[..., None]).solution[..., 0]
+    torch.testing.assert_close(newton(X, Y, 25, 1.5), expected, atol=1e-9, rtol=1e-7)
+    for scale in (0.0, 2.1):
+        with pytest.raises(ValueError, match='scale'):
+            newton(X, Y, 3, scale)
+
+
 def test_baselines_do_not_look_ahead():
     x, y, _ = linear_tasks(3, 8, 2, 0.5, rng())
     other = y.clone()
@@ -152,8 +175,10 @@ def test_regressor_is_opened_by_name_as_it_was_saved(tmp_path):
 def test_streams_end_in_the_prediction():
     model, (x, y, _) = lively(2), linear_tasks(2, 4, 3, 0.5, rng(1))
     streams = model.streams(x, y)
-    assert len(streams) == 3 and all(s.shape == (2, 4, 16) for s in streams)
-    torch.testing.assert_close(model.lm_head(model.ln_f(streams[-1]))[..., 0], model(x, y)[0])
+    assert len(streams) == 3 and all(s.shape == (2, 8, 16) for s in streams)
+    torch.testing.assert_close(
+        model.lm_head(model.ln_f(streams[-1][:, ::2]))[..., 0], model(x, y)[0]
+    )
     with pytest.raises(ValueError, match='d=3'):
         model(x[..., :2], y)
     with pytest.raises(ValueError, match='d=0'):

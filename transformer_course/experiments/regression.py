@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_tasks', 'ridge', 'gradient_descent', 'baselines', 'pair_tokens', 'question_mask', 'RegressorConfig',
-           'InContextRegressor', 'implicit_weights']
+           'InContextRegressor', 'implicit_weights', 'newton']
 
 # %% ../../nbs/21_regression.ipynb #0700edf9
 from dataclasses import dataclass
@@ -176,13 +176,13 @@ class InContextRegressor(nn.Module):
         return pred, (pred - y).square().mean(0).clamp_min(1e-12).log().mean()
 
     @torch.no_grad()
-    def streams(self, x: Tensor, y: Tensor) -> list[Tensor]:  # n_layer + 1 of (B, n, C)
-        "The questions' residual stream before the first block and after each."
+    def streams(self, x: Tensor, y: Tensor) -> list[Tensor]:  # n_layer + 1 of (B, 2n, C)
+        "The residual stream before the first block and after each; questions are at even places."
         h, mask = self.start(x, y)
         streams = [h]
         for block in self.h:
             streams.append(block(streams[-1], mask=mask))
-        return [h[:, ::2] for h in streams]
+        return streams
 
 # %% ../../nbs/21_regression.ipynb #865bfc76
 def implicit_weights(
@@ -199,3 +199,19 @@ def implicit_weights(
     x = x.detach().clone().requires_grad_(True)
     answer = model(x, y)[0][:, k]  # (B,)
     return torch.autograd.grad(answer.sum(), x)[0][:, k]
+
+# %% ../../nbs/21_regression.ipynb #8562e4e1
+def newton(
+    X: Tensor,  # (..., k, d) inputs
+    Y: Tensor,  # (..., k) answers
+    steps: int,  # how many
+    scale: float,  # of the start, M = scale S / |S|^2; the iteration converges below 2
+) -> Tensor:  # (..., d) weights
+    "Least squares by M <- 2M - MSM, which inverts S = X'X (Fu 2023, arXiv 2310.17086)."
+    if not 0 < scale <= 2:
+        raise ValueError(f'scale={scale} must be above 0 and at most 2: beyond it, steps diverge')
+    S = X.mT @ X  # (..., d, d)
+    M = scale * S / S.square().sum((-2, -1), keepdim=True)
+    for _ in range(steps):
+        M = 2 * M - M @ S @ M
+    return (M @ X.mT @ Y[..., None])[..., 0]
