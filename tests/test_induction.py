@@ -8,14 +8,18 @@ from torch import nn
 
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.experiments.induction import (
+    AttentionOnly,
     Silent,
     ablate,
     attention_maps,
-    attention_only,
     composition,
+    copying_score,
+    full_circuits,
     head_matrices,
     head_scores,
     induction_by_hand,
+    loss_by_place,
+    on_diagonal,
     repeat_accuracy,
     repeated,
     steepest_drop,
@@ -33,7 +37,7 @@ def some_model(position='rotary', n_layer=2, n_head=2, mlp=False, **changes):
     shape = dict(block_size=16, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=16)
     kind = dict(position=position, norm='plain', bias=False, tie_weights=False)
     config = GPTConfig(**shape, **kind | changes)
-    model = GPT(config, rng()) if mlp else attention_only(config, rng())
+    model = GPT(config, rng()) if mlp else AttentionOnly(config, rng())
     g = rng(1)
     for p in model.parameters():
         nn.init.normal_(p, std=0.4, generator=g)
@@ -212,7 +216,7 @@ def test_bad_cuts():
         ablate(some_model(), ids, 0, 'x')
     with pytest.raises(ValueError, match='mean'):
         ablate(some_model(), ids, 0, 'q', fill='median')
-    with pytest.raises(ValueError, match='attention_only'):
+    with pytest.raises(ValueError, match='AttentionOnly'):
         ablate(some_model(mlp=True), ids)
     with pytest.raises(ValueError, match='layer=2'):
         ablate(some_model(), ids, 2)
@@ -250,3 +254,48 @@ def test_steepest_drop():
     for width in (0, 10):
         with pytest.raises(ValueError, match=f'width={width}'):
             steepest_drop(stairs, width)
+
+
+@pytest.mark.parametrize('norm', ['plain', 'none'])
+def test_full_circuits_against_two_tokens(norm):
+    "A score between two made-up places: one holds a symbol alone, the other a note alone."
+    model = some_model('learned', norm=norm, n_head=1)
+    matches, copies = full_circuits(model)
+    first, second = (block.attn for block in model.transformer.h)
+    norm_of = (lambda x: x) if norm == 'none' else lambda x: x - x.mean()
+    q, k, v = second.c_attn.weight.chunk(3)
+    v1 = first.c_attn.weight.chunk(3)[2]
+    E = model.transformer.wte.weight
+    for a, b in ((0, 0), (3, 7), (11, 2)):
+        note = first.c_proj.weight @ (v1 @ norm_of(E[b]))
+        asked = (q @ norm_of(E[a])) @ (k @ norm_of(note))
+        assert matches[a, b].item() == pytest.approx(asked.item(), abs=1e-3, rel=1e-4)
+        said = norm_of(second.c_proj.weight @ (v @ norm_of(E[a])))
+        said = model.lm_head.weight[b] @ said
+        assert copies[a, b].item() == pytest.approx(said.item(), abs=1e-3, rel=1e-4)
+
+
+def test_the_circuits_choose_their_heads_and_their_distance():
+    model = some_model('rotary')
+    one, other = full_circuits(model, (0, 0), 3), full_circuits(model, (0, 1), 3)
+    far, first = full_circuits(model, (0, 0), 7), full_circuits(model, (1, 0), 3)
+    assert not torch.allclose(one[0], other[0]) and not torch.allclose(one[1], other[1])
+    assert not torch.allclose(one[0], far[0]) and torch.equal(one[1], far[1])
+    assert not torch.allclose(one[0], first[0]) and torch.equal(one[1], first[1])
+
+
+def test_on_diagonal_and_copying_score():
+    table = torch.tensor([[2.0, 1, 0], [5, 4, 3], [0, 0, 1]])
+    assert on_diagonal(table) == 2
+    assert copying_score(table.triu()) == pytest.approx(1)
+    assert copying_score(torch.diag(torch.tensor([3.0, -1.0]))) == pytest.approx(0.5)
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])  # eigenvalues i and -i
+    assert copying_score(turn) == pytest.approx(0, abs=1e-6)
+
+
+def test_loss_by_place_is_cross_entropy_per_place():
+    logits, targets = torch.randn(6, 5, V, generator=rng()), some_ids(6, 5)[0]
+    by_place = loss_by_place(logits, targets)
+    for t in range(5):
+        loss = nn.functional.cross_entropy(logits[:, t], targets[:, t])
+        torch.testing.assert_close(by_place[t], loss)
