@@ -12,7 +12,7 @@ from torch import nn
 from transformer_course.attention import causal_mask, scaled_dot_product_attention
 from transformer_course.before import RecurrentLanguageModel
 from transformer_course.bigram import IGNORE_INDEX
-from transformer_course.gpt import GPT, GPTConfig
+from transformer_course.gpt import GPT
 from transformer_course.experiments.programs import (
     Program,
     Selector,
@@ -26,7 +26,6 @@ from transformer_course.experiments.why import (
     chrono_init,
     critical_path,
     input_gradient,
-    lens_and_ablation,
     needle,
     recall,
     windowed_attention,
@@ -178,28 +177,6 @@ def test_chrono_gates_are_within_the_asked_times():
     i, f, *rest = (rnn.bias_ih_l0 + rnn.bias_hh_l0).detach().chunk(4)
     assert 1 <= f.exp().min() < 4 and 45 < f.exp().max() <= 49
     assert torch.equal(i, -f) and not any(r.any() for r in rest)
-
-
-def strong_gpt(position):
-    "A small GPT with weights so large that every bias and every turn of a query shows."
-    sizes = dict(block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=16)
-    model = GPT(GPTConfig(**sizes, position=position), rng())
-    for p in model.parameters():
-        p.data *= 10
-    return model
-
-
-@pytest.mark.parametrize('position', ['learned', 'rotary', 'alibi', 'none'])
-def test_lens_and_ablation_agree_with_models_without_a_block(position):
-    x, y = torch.randint(5, (2, 3, 8), generator=rng(1))
-    lens, cost = lens_and_ablation(strong_gpt(position), x, y)
-    for k in range(3):
-        other = strong_gpt(position)
-        del other.transformer.h[k]
-        torch.testing.assert_close(lens[-1].mean() + cost[k].mean(), other(x, y)[1].detach())
-        if k:
-            del other.transformer.h[k:]
-            torch.testing.assert_close(lens[k].mean(), other(x, y)[1].detach())
 
 
 def test_critical_path_of_a_loop_grows_by_its_body():
