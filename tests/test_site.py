@@ -126,11 +126,12 @@ def repository_paths(text):
 
 
 def missing_path(path, line):
-    "Whether a path is not in the repository, or its file has no such line."
+    "Whether a path is not in the repository, or nothing is defined in that line of its file."
     file = ROOT / unquote(path)
-    if line and file.is_file():
-        return len(file.read_text(encoding='utf-8').splitlines()) < int(line)
-    return not file.exists()
+    if not line or not file.is_file():
+        return not file.exists()
+    lines = file.read_text(encoding='utf-8').splitlines()
+    return not re.match(r'\s*(def|class|@)', ''.join(lines[int(line) - 1 : int(line)]))
 
 
 def page_of(path):
