@@ -122,10 +122,13 @@ def kernel_client(nb, folder, timeout, python=sys.executable):
 
 
 def cpu_seconds(pid):
-    "CPU seconds that a process has used, with those of its children that have ended."
+    "CPU seconds of a process and of its children that have ended; none if it is gone."
     import psutil
 
-    return sum(psutil.Process(pid).cpu_times()[:4])
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:4])
+    except psutil.NoSuchProcess:
+        return 0
 
 
 async def run_cells(client, nb, env, left_out=skips):
@@ -133,15 +136,16 @@ async def run_cells(client, nb, env, left_out=skips):
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     async with client.async_setup_kernel(env=env):
+        pid = client.km.provisioner.process.pid
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != 'code' or not cell.source.strip() or left_out(cell.source):
                 continue
             try:
                 await client.async_execute_cell(cell, i)
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-                return (i, str(e)), 0
+                return (i, str(e)), cpu_seconds(pid)
             cell.outputs = tidy(cell.outputs)
-        return None, cpu_seconds(client.km.provisioner.process.pid)
+        return None, cpu_seconds(pid)
 
 
 # ---------------------------------------------------------------- one notebook
