@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import run_all
@@ -43,7 +44,10 @@ def tried(tmp_path, package, monkeypatch, capfd):
 
     def run(*code, **kw):
         path = notebook(tmp_path / 'small.ipynb', *code, **kw)
-        good = run_all.run(path, tmp_path / 'work', installed, sys.executable, 60)
+        given = path, tmp_path / 'work', installed, sys.executable, 60
+        # in a thread: a browser test of this session may have left an event loop in the main one
+        with ThreadPoolExecutor(1) as thread:
+            good = thread.submit(run_all.run, *given).result()
         return good, ''.join(capfd.readouterr())
 
     run.places = {'its folder': '.', 'the package': installed, 'the repository': repository}
