@@ -15,7 +15,11 @@ def read_cells(path):
 
 
 def is_cuda(source):
-    return re.search(r'^#\|\s*cuda\b', source, re.M) is not None
+    "True for a cell that does more where there is a card: it asks, or it is marked `#| cuda`."
+    if re.search(r'^#\|\s*cuda\b', source, re.M):
+        return True
+    asks = [n.test for n in ast.parse(source).body if isinstance(n, ast.If)]
+    return any('cuda.is_available()' in ast.unparse(test) for test in asks)
 
 
 def loop_names(source):

@@ -344,7 +344,7 @@ def losses_of(log):
 
 
 def cells(job):
-    "Each cell marked `#| cuda`, after the statements of its notebook that it needs."
+    "Each cell that asks for a card, after the statements of its notebook that it needs."
     for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
         if '.ipynb_checkpoints' in path.parts:
             continue

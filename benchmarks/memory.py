@@ -5,10 +5,10 @@ of 200 MB that nowhere exists as a whole.
     python benchmarks/memory.py --megabytes 20   a shorter stream; nothing is written then
 
 The main job's peak does not depend on its number of updates, so it is measured on a short one, with
-the evaluation and the sample that belong to it; `full` repeats the peak of the whole job from
-main_job.json, if that is there. The stream is made of words drawn from 200,000 different ones as
-they are needed (the frequent ones as frequent as in a language, by Zipf's law), so the tokenizer's
-memory of pieces fills and is emptied many times. What is quoted is the growth: the highest resident
+the evaluation and the sample that belong to it; the whole job's peak is in main_job.json. The
+stream is made of words drawn from 200,000 different ones as they are needed (the frequent ones as
+frequent as in a language, by Zipf's law), so the tokenizer's memory of pieces fills and is emptied
+many times. What is quoted is the growth: the highest resident
 memory while encoding, less the resident memory just before (imports, the tokenizer and the words).
 Sampling is a process of its own that loads a checkpoint of random weights in GPT-2's shape, with
 floats or with weights of one byte, and writes 32 tokens; its peak is that of the whole process,
@@ -144,16 +144,12 @@ def measure(runs, megabytes):
         peak = job['peak_memory_mb']
         print(f'run {i + 1}: main job of {UPDATES} updates, peak {peak} MB', flush=True)
     sampling = sampling_memory(runs)
-    result = dict(
+    return dict(
         versions=peers.versions(),
         stream=dict(megabytes=megabytes, **summary(streams, 'growth_mb', 'cpu_seconds')),
         main_job=dict(updates=UPDATES, text=jobs[0]['text'], **summary(jobs, 'peak_memory_mb')),
         sampling={how: summary(found, 'peak_memory_mb') for how, found in sampling.items()},
     )
-    if main_job.RESULT.is_file():
-        whole = json.loads(main_job.RESULT.read_text())['median']
-        result['main_job']['full'] = whole['peak_memory_mb']
-    return result
 
 
 def show(result):
@@ -164,8 +160,7 @@ def show(result):
     for how, part in result['sampling'].items():
         name = f'sampling, GPT-2 shape, {how}'
         print(f'{name:40}{part["median"]["peak_memory_mb"]:8.1f} MB')
-    full = job.get('full', 'not measured')
-    print(f'{"main job, peak":40}{job["median"]["peak_memory_mb"]:8.1f} MB   (whole job: {full})')
+    print(f'{"main job, peak":40}{job["median"]["peak_memory_mb"]:8.1f} MB')
 
 
 def main(arguments=None):

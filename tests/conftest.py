@@ -28,6 +28,24 @@ def missing(what):
 
 
 @pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "The package as a wheel, built once."
+    import as_wheel
+
+    return as_wheel.build(tmp_path_factory.mktemp('source'))
+
+
+@pytest.fixture(scope='session')
+def package(wheel, tmp_path_factory):
+    "A folder for PYTHONPATH into which the wheel is installed."
+    import as_wheel
+
+    folder = tmp_path_factory.mktemp('package')
+    as_wheel.install(wheel, folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def root():
     "The repository's root."
     return ROOT

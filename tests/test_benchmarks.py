@@ -54,6 +54,30 @@ def test_result_is_strict_json_without_machine_paths(path):
     assert versions['python'].split('.')[0] == '3' and versions['torch'] and versions['cores'] >= 1
 
 
+def shown_by(name):
+    "The text that the committed outputs of a notebook show."
+    path = ROOT / 'nbs' / name
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    outputs = [out for cell in cells for out in cell.get('outputs', [])]
+    return '\n'.join(''.join(out.get('data', {}).get('text/markdown', '')) for out in outputs)
+
+
+def test_the_main_job_has_the_same_figures_everywhere():
+    "README.md, the front page and the benchmarks' page quote one file, and no other keeps a copy."
+    job = json.loads((FOLDER / 'results' / 'main_job.json').read_text(encoding='utf-8'))
+    middle, loss = job['median'], job['runs'][-1]['val'][-1][1]
+    megabytes = f"{middle['peak_memory_mb']:,.0f}"
+    said = f"that took {middle['seconds']:.0f} seconds, {megabytes} MB of memory"
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    for text in (readme, shown_by('index.ipynb')):
+        assert said in text and f'**{loss:.3f} nats per character**' in text
+        assert text.count('that took') == 1
+    page = shown_by('support/benchmarks.ipynb')
+    assert f"| median | {middle['seconds']:.5g} | {middle['cpu_seconds']:.5g} |" in page
+    assert f'| peak of the whole main job | {megabytes} |' in page
+    assert 'full' not in json.loads((FOLDER / 'results' / 'memory.json').read_text())['main_job']
+
+
 def summaries(node, where=''):
     "Each part of a result that holds medians (or means) and the runs behind them."
     if isinstance(node, dict):
@@ -348,6 +372,8 @@ def test_cells_for_a_card_get_what_they_need_and_nothing_else(load):
     cells = load('card_cells')
     found = [(str(i), source.replace('!echo hello', 'pass')) for i, source in enumerate(CELLS)]
     assert [cells.is_cuda(source) for _, source in found] == [False] * 4 + [True]
+    asks = 'import torch\nif torch.cuda.is_available():\n    print(1)\nelse:\n    print(2)'
+    assert cells.is_cuda(asks) and not cells.is_cuda(asks.replace('cuda', 'backends.mps'))
     code = cells.needed(found, 4)
     text = '\n'.join(code)
     assert 'unused' not in text and 'print' not in text and len(code) == 6

@@ -137,7 +137,7 @@ def test_code_changed(copy):
 
 def test_what_does_not_run_may_change(copy):
     prose(copy, '01_bigram', 'Other words.')
-    insert_code(copy, '01_bigram', '#| slow\nprint(1)')
+    insert_code(copy, '01_bigram', '#| eval: false\nprint(1)')
     insert_code(copy, '01_bigram', '# only a comment')
     assert records.problems(copy) == []
 
@@ -241,7 +241,7 @@ def test_execute_records_and_stamps(tmp_path, monkeypatch, capsys):
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in sources])
         nbformat.write(nb, tmp_path / 'nbs' / f'{name}.ipynb')
     monkeypatch.setattr(execute, 'ROOT', tmp_path)
-    args = type('Args', (), dict(record=True, check=False, flags='', timeout=120))
+    args = type('Args', (), dict(record=True, check=False, timeout=120))
     # in a thread: a browser test of this session may have left an event loop in the main one
     with ThreadPoolExecutor(1) as thread:
         for name in books:

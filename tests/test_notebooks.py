@@ -10,13 +10,15 @@ import subprocess
 import sys
 
 import pytest
-from cells import FLAGS, directives, exported, skips, tree
+from cells import FLAGS, directives, exported, read_cells, skips, tree
 from conftest import ROOT
-from notebooks import ALL, every_notebook
+from notebooks import ALL, every_chapter, every_notebook
+from times import stated
 
 MACHINE_PATH = re.compile(
     r'/home/\w|/root\b|/Users/\w|/tmp/\w|/work/\w|/usr/lib/|site-packages|[A-Z]:\\\\?Users'
 )
+TEXTS = [*sorted(ROOT.glob('*.md')), ROOT / 'benchmarks' / 'README.md', *(nb.path for nb in ALL)]
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 IMPORTS = ast.Import, ast.ImportFrom
 SHOWN = (
@@ -62,6 +64,61 @@ def test_no_cell_exports(nb):
 
 
 @every_notebook
+def test_run_all_leaves_nothing_out(nb):
+    "Directives mean nothing to Jupyter: what is long or needs a card is guarded in code."
+    mend = 'use `long_run`, or ask `torch.cuda.is_available()`, as CONTRIBUTING.md says'
+    for cell in nb.code:
+        known = directives(cell['source'])
+        never = known.get('eval', '').lower() == 'false'
+        assert not known.keys() & {'slow', 'cuda'} and not never, f'{nb.where(cell)}: {mend}'
+
+
+@every_chapter
+def test_says_how_long_it_takes(nb):
+    "In the opening, in words that `tools/run_all.py` reads: at most two minutes."
+    form = 'say in the opening "It takes about 90 seconds on two CPU cores."'
+    seconds = stated(nb.cells, cores=True)
+    assert seconds, form
+    assert seconds <= 120, f'{nb.name} says {seconds:g} s; a chapter has two minutes'
+
+
+TIMES = {
+    'It takes about half a minute on two CPU cores.': 30,
+    'The notebook takes a minute and a quarter on two CPU cores; most of it': 75,
+    'This notebook takes between one and two minutes on two CPU cores.': 120,
+    'It takes about 90 seconds on two CPU cores, most of it for training.': 90,
+    'Running all of it takes one and a half minutes on two cores.': 90,
+    'It takes about a minute and 20 seconds on two CPU cores.': 80,
+    'Work that takes two seconds on two CPU cores. It takes twelve seconds on two cores.': 12,
+    'It takes its time.': None,
+}
+
+
+@pytest.mark.parametrize('text', TIMES)
+def test_times_are_read(text):
+    assert stated([dict(cell_type='markdown', source=text)], cores=True) == TIMES[text]
+
+
+# ---------------------------------------------------------------- what is named
+
+PLACES = 'tools|benchmarks|tests|nbs|results|transformer_course|configs'
+KINDS = 'py|ipynb|jsonl?|md|ini|txt|toml'
+NAMED = re.compile(rf'(?<![\w/.])(?:{PLACES})/[\w./-]+\.(?:{KINDS})\b')
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(path):
+    "Commands and sentences name files of the repository; so do the links of a text."
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.ipynb':
+        text = '\n'.join(cell['source'] for cell in read_cells(path))
+    named = {name for name in NAMED.findall(text) if '/NN_' not in name}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    links = re.findall(r'\]\(([^)\s#:]+)(?:#[^)]*)?\)', text) if path.suffix == '.md' else []
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@every_notebook
 def test_what_runs_is_what_nbdev_runs(nb):
     "`cells.skips` reads directives without nbdev, and agrees with it."
     nbio, process = pytest.importorskip('execnb.nbio'), pytest.importorskip('nbdev.process')
@@ -69,7 +126,6 @@ def test_what_runs_is_what_nbdev_runs(nb):
         known = process.extract_directives(nbio.NbCell(0, dict(cell)), remove=False)
         never = known.get('eval:', [''])[0].lower() == 'false'
         assert skips(cell['source']) == bool(never or set(FLAGS) & known.keys()), nb.where(cell)
-        assert skips(cell['source'], run=FLAGS) == never, nb.where(cell)
 
 
 # ---------------------------------------------------------------- outputs

@@ -7,9 +7,10 @@ import re
 import subprocess
 import sys
 import threading
+from urllib.parse import unquote
 
 import pytest
-from cells import notebook_paths
+from cells import notebook_paths, settings
 from conftest import ROOT, missing
 
 if sys.version_info < (3, 11):
@@ -115,6 +116,38 @@ def style(page, selector, name):
 
 def background(page, selector):
     return style(page, selector, 'backgroundColor')
+
+
+def repository_paths(text):
+    "The (path, line or '') of each address in the repository that a page names."
+    known = settings()
+    at = rf'{re.escape(known["git_url"])}/(?:blob|tree|raw)/{known["branch"]}/'
+    return re.findall(at + r'([^"\'#\s)<>]+)(?:#L(\d+))?', text)
+
+
+def missing_path(path, line):
+    "Whether a path is not in the repository, or nothing is defined in that line of its file."
+    file = ROOT / unquote(path)
+    if not line or not file.is_file():
+        return not file.exists()
+    lines = file.read_text(encoding='utf-8').splitlines()
+    return not re.match(r'\s*(def|class|@)', ''.join(lines[int(line) - 1 : int(line)]))
+
+
+def page_of(path):
+    "The name of a notebook's page."
+    name = path.relative_to(ROOT / 'nbs').with_suffix('.html').as_posix()
+    return re.sub(r'^\d\d_', '', name)
+
+
+def test_paths_into_the_repository_exist(site, pages):
+    "Each page links to its notebook, and to the line of the source of what it exports."
+    own = {page_of(path): path.relative_to(ROOT).as_posix() for path in notebook_paths()}
+    for name in pages:
+        found = repository_paths((site / name).read_text(encoding='utf-8'))
+        wrong = [path for path, line in found if missing_path(path, line)]
+        assert not wrong, f'{name} links to {wrong}, which the repository does not have'
+        assert (own[name], '') in found, f'{name} does not link to its notebook, {own[name]}'
 
 
 def test_one_page_for_each_notebook(pages):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -10,14 +9,11 @@ import venv
 import zipfile
 
 import pytest
+from as_wheel import QUIET
 from cells import settings
 from conftest import ROOT
 
 PACKAGE = ROOT / 'transformer_course'
-SOURCES = 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'
-QUIET = '--quiet', '--disable-pip-version-check', '--no-deps'
-
-
 ALONE = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}  # nothing but the wheel
 
 
@@ -34,19 +30,6 @@ def modules():
     "Every module of the package, as its name says it: 'transformer_course.course.claims'."
     paths = [p for p in PACKAGE.rglob('*.py') if p.stem not in ('__init__', '_modidx')]
     return sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in paths)
-
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "A wheel built from a copy of the sources, so that no build folder is left in the repository."
-    source = tmp_path_factory.mktemp('source')
-    for name in SOURCES:
-        shutil.copy(ROOT / name, source / name)
-    skip = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=skip)
-    pip = sys.executable, '-m', 'pip'
-    run(*pip, 'wheel', *QUIET, '--no-build-isolation', '-w', source / 'dist', source)
-    return next((source / 'dist').glob('*.whl'))
 
 
 @pytest.fixture(scope='module')

@@ -155,12 +155,20 @@ def rename(proc, host, blob):
         names[path.name] = new.name
         path.unlink()
         new.write_text(json.dumps(nb), encoding='utf-8')
-    # links between notebooks, written with the file names of nbs/
-    changed = [rf'(?<![\w]){re.escape(old)}' for old in names if names[old] != old]
-    link = re.compile('|'.join(changed) or '(?!)')
     for path in [*proc.rglob('*.ipynb'), proc / 'sidebar.yml']:
         text = path.read_text(encoding='utf-8')
-        path.write_text(link.sub(lambda m: names[m[0]], text), encoding='utf-8')
+        path.write_text(link_pages(text, names, path.suffix == '.yml'), encoding='utf-8')
+
+
+def link_pages(text, names, everywhere=False):
+    """Links between notebooks, written with the names of nbs/, with the names of their pages.
+
+    Only links of this site, unless `everywhere`: a command of the text, and an address in the
+    repository, keep the file's name.
+    """
+    old = '|'.join(re.escape(name) for name in names if names[name] != name) or '(?!)'
+    start = r'(?<!\w)' if everywhere else r'\]\([\w./-]*?(?<!\w)|href=\\?"[\w./-]*?(?<!\w)'
+    return re.sub(rf'({start})({old})', lambda m: m[1] + names[m[2]], text)
 
 
 def only_definitions():

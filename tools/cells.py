@@ -24,7 +24,7 @@ def settings(root=ROOT):
     return config['DEFAULT']
 
 
-FLAGS = tuple(settings()['tst_flags'].split())  # cells that only run when asked for: slow, cuda
+FLAGS = tuple(settings()['tst_flags'].split())  # cells of these are left out
 
 
 def notebook_paths(root=ROOT):
@@ -67,12 +67,12 @@ def exported(source):
     return bool(directives(source).keys() & {'export', 'exports', 'exporti'})
 
 
-def skips(source, run=()):
-    "True for a cell that neither nbdev_test nor tools/execute.py runs; `run`: flags to run too."
+def skips(source):
+    "True for a cell that neither nbdev_test nor tools/execute.py runs; Jupyter runs it."
     known = directives(source)
     if known.get('eval', '').lower() == 'false':
         return True
-    return bool((set(FLAGS) - set(run)) & known.keys())
+    return bool(set(FLAGS) & known.keys())
 
 
 def module_of(cells):

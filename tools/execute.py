@@ -4,10 +4,9 @@
     python tools/execute.py nbs/03_attention.ipynb   only these
     python tools/execute.py --check ...              run, report, write nothing
     python tools/execute.py --record ...             also write their records, with a stamp
-    python tools/execute.py --flags slow ...         also run the cells marked `#| slow`
 
-Runs what `nbdev_test` runs: in the notebook's own folder, without the cells marked `#| slow`,
-`#| cuda` or `#| eval: false`. A cell left out keeps the outputs it has.
+Runs what `nbdev_test` runs, in the notebook's own folder. What takes minutes is a `long_run`, which
+shows its record; TRANSFORMER_COURSE_LONG=1 runs it anew, and with --record replaces it.
 """
 
 import argparse
@@ -109,34 +108,44 @@ def environment(record):
     return env
 
 
-def kernel_client(nb, folder, timeout):
-    "A client whose kernel is this very Python, whatever kernels the user has installed."
+def kernel_client(nb, folder, timeout, python=sys.executable):
+    "A client whose kernel is this very Python, or `python`, whatever kernels are installed."
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
     manager = AsyncKernelManager(kernel_name='python3')
-    start = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    start = [python, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
     manager.kernel_spec.argv = [*start, '--log-level=ERROR']
     patience = dict(timeout=timeout, startup_timeout=600, record_timing=False)
     where = {'metadata': {'path': str(folder)}}
     return NotebookClient(nb, km=manager, resources=where, **patience)
 
 
-async def run_cells(client, nb, run, env):
-    "Execute the cells of `nb`, those flagged `run` too: a failed cell or None, and CPU seconds."
+def cpu_seconds(pid):
+    "CPU seconds of a process and of its children that have ended; none if it is gone."
     import psutil
+
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:4])
+    except psutil.NoSuchProcess:
+        return 0
+
+
+async def run_cells(client, nb, env, left_out=skips):
+    "Execute the cells of `nb` but for those left out: a failed cell or None, and CPU seconds."
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     async with client.async_setup_kernel(env=env):
+        pid = client.km.provisioner.process.pid
         for i, cell in enumerate(nb.cells):
-            if cell.cell_type != 'code' or not cell.source.strip() or skips(cell.source, run):
+            if cell.cell_type != 'code' or not cell.source.strip() or left_out(cell.source):
                 continue
             try:
                 await client.async_execute_cell(cell, i)
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-                return (i, str(e)), 0
+                return (i, str(e)), cpu_seconds(pid)
             cell.outputs = tidy(cell.outputs)
-        return None, sum(psutil.Process(client.km.provisioner.process.pid).cpu_times()[:4])
+        return None, cpu_seconds(pid)
 
 
 # ---------------------------------------------------------------- one notebook
@@ -169,7 +178,7 @@ def execute(path, args):
     nb = nbformat.reads(before, as_version=4)
     client = kernel_client(nb, path.parent, args.timeout)
     record = args.record and not args.check and keeps_records(path.stem, nb.cells)
-    work = run_cells(client, nb, args.flags.split(), environment(record))
+    work = run_cells(client, nb, environment(record))
     failure, cpu = asyncio.run(work)
     if failure:
         tell_failure(nb, name, failure)
@@ -199,7 +208,6 @@ def arguments():
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all')
     parser.add_argument('--check', action='store_true', help='write nothing')
     parser.add_argument('--record', action='store_true', help='also write the records')
-    parser.add_argument('--flags', default='', help='cell flags to run as well, e.g. "slow"')
     parser.add_argument('--timeout', type=int, default=900, help='seconds a cell may take')
     args = parser.parse_args()
     for path in args.notebooks:

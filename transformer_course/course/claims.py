@@ -113,7 +113,7 @@ def _beyond(
     less_is_better = 'at_most' in threshold
     return (more_is_better and value > best) or (less_is_better and value < best)
 
-
+# %% ../../nbs/support/claims.ipynb #c93b1f5d
 def _over_seeds(
     runs: dict,  # seed -> figure
     threshold: dict | None,  # says which is the worst
