@@ -12,16 +12,14 @@ from torch import nn
 
 from transformer_course import checkpoint, files
 from transformer_course.checkpoint import (
-    FILES,
     MODELS,
     build_model,
     load_model,
-    read_about,
     read_checkpoint,
     restore_checkpoint,
     save_checkpoint,
-    verified_checkpoint,
 )
+from transformer_course.manifest import FILES, read_about, verified_checkpoint
 from transformer_course.files import signed
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.int8 import load_int8

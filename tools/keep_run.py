@@ -16,7 +16,7 @@ from pathlib import Path
 from cells import ROOT
 
 sys.path.insert(0, str(ROOT))
-from transformer_course.checkpoint import verified_checkpoint
+from transformer_course.manifest import verified_checkpoint
 from transformer_course.files import write_file
 from transformer_course.logs import read_log
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import build_model, course_class, verified_checkpoint
+from .checkpoint import build_model, course_class
+from .manifest import verified_checkpoint
 from .tensors import TensorFile, check_shapes
 
 # %% ../nbs/support/int8.ipynb #9a2a7dc3

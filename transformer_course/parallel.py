@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import read_about
+from .manifest import read_about
 from .files import present
 from transformer_course.processes import (
     ProcessGroup,

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 
 from . import __version__
-from .checkpoint import FILES, OTHER_COPY, load_model, read_about
+from .checkpoint import load_model
+from .manifest import FILES, OTHER_COPY, read_about
 from .data import CharTokenizer
 from .files import present
 from .generation import stream

@@ -17,13 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from .block import Block
-from transformer_course.checkpoint import (
-    FILES,
-    describe,
-    read_about,
-    verified_checkpoint,
-    write_checkpoint,
-)
+from .checkpoint import write_checkpoint
+from .manifest import FILES, describe, read_about, verified_checkpoint
 from .processes import ProcessGroup
 
 # %% ../nbs/support/sharded.ipynb #58607ffe

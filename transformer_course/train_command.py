@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from . import logs
-from .checkpoint import read_about
+from .manifest import read_about
 from transformer_course.corpus import (
     Corpus,
     DataConfig,
