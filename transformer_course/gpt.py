@@ -64,7 +64,7 @@ def init_weights(
     model: nn.Module,  # has a `config` with n_layer and zero_init
     generator: torch.Generator | None = None,  # decides the random weights
 ) -> None:
-    "GPT-2's first weights: normal(0, 0.02), smaller by sqrt(2 n_layer) into the stream; or zero."
+    "normal(0, 0.02), smaller by sqrt(2 n_layer) into the stream (nanoGPT's); or zero."
     config, done = model.config, set()
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)) or id(module.weight) in done:
