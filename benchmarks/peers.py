@@ -115,7 +115,7 @@ def run_ours(job):
     "The course's `train`, as anyone would call it."
     import torch
     from transformer_course.bigram import evaluate
-    from transformer_course.train_command import SHAKESPEARE
+    from transformer_course.train_settings import SHAKESPEARE
     from transformer_course.data import get_batch
     from transformer_course.gpt import GPT, GPTConfig
     from transformer_course.training import TrainConfig, train

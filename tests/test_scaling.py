@@ -45,7 +45,7 @@ from transformer_course.scaling import (
     plan,
     r_squared,
 )
-from transformer_course.train_command import train_defaults
+from transformer_course.train_settings import train_defaults
 from transformer_course.training import TrainConfig
 
 COMMAND = Path(sys.executable).with_name('transformer-course')

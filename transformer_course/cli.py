@@ -24,7 +24,8 @@ from . import __version__
 from .files import present
 from .flags import Parser, add_fields, as_typed
 from .sample_command import InfoConfig, SampleConfig, run_info, run_sample
-from .train_command import PARTS, run_train, train_defaults, train_settings
+from .train_command import run_train
+from .train_settings import PARTS, train_defaults, train_settings
 
 # %% ../nbs/support/cli.ipynb #a33e7f9c
 class Command(NamedTuple):
