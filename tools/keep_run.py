@@ -1,6 +1,6 @@
 """Keep what a training run has measured as a small file: settings, losses, how long it took.
 
-    python tools/keep_run.py out/checkpoint results/runs/shakespeare_cpu.json
+    python tools/keep_run.py out/checkpoint transformer_course/course/runs/shakespeare_cpu.json
 
 Reads `checkpoint.json` of a run that has ended, and the log beside the checkpoint, which holds
 the loss of each update; the weights are checked and not kept.
