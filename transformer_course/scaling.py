@@ -126,9 +126,9 @@ def activation_numbers(
     norms = dict(layer=C + 2, plain=C + 2, rms=2 * C + 1, none=0)  # input, statistics; rms: output
     attention = 2 * C + 2 * kv + c.n_head  # q, k, v, what comes out, and a number a head
     if c.qk_norm or c.position == 'rotary':
-        attention += 2 * C + kv  # q and k anew, and the heads laid side by side
+        attention += C + kv  # q and k anew
     if c.qk_norm:
-        attention += 2 * (c.n_head + block.attn.n_kv_head)  # statistics
+        attention += C + 2 * (c.n_head + block.attn.n_kv_head)  # heads side by side; statistics
     mlp = hidden * (3 if c.gated else 1)  # the input of the last map; both factors, with a gate
     if c.activation != 'relu':
         mlp += hidden  # the nonlinearity's input; relu needs its output, which is there
