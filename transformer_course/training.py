@@ -21,13 +21,8 @@ from .checkpoint import load_model
 from .optim import OptimConfig, make_optimizers, set_step_sizes, step_sizes
 from .progress import progress
 from .stopping import check_resumed, stop_if_asked
-from transformer_course.strategy import (
-    Precision,
-    SingleProcess,
-    choose_compile,
-    choose_precision,
-    random_module,
-)
+from .strategy import Precision, SingleProcess, choose_compile
+from .strategy import choose_precision, random_module
 
 # %% ../nbs/09_training.ipynb #2ad4cbbf
 @dataclass(kw_only=True)
