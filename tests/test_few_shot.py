@@ -95,7 +95,8 @@ def test_ceiling_is_the_average_over_all_prompts(n_symbols, k):
         lambda: markov_chains(1, 5, 1, rng()),
         lambda: markov_chains(1, 0, 3, rng()),
         lambda: icl_score(torch.ones(15)),
-        lambda: icl_score(torch.ones(30), early=(5, 5)),
+        lambda: icl_score(torch.ones(30), early=5, late=5),
+        lambda: icl_score(torch.ones(64), early=0),
     ],
 )
 def test_bad_input_is_named(bad):
@@ -203,4 +204,7 @@ def test_small_gpt_is_causal_and_scored_place_by_place():
 
 
 def test_score_by_hand():
-    assert icl_score(torch.tensor([4.0, 4.0, 3.0, 1.0]), early=(0, 2), late=(-1, 0)) == -3
+    loss = torch.tensor([[4.0, 5.0, 3.0, 1.0], [2.0, 3.0, 3.0, 2.0]])
+    assert icl_score(loss, early=2, late=4) == 1.5 - 4
+    by_place = torch.arange(64.0).square()
+    assert icl_score(by_place) == 63**2 - 7**2  # the 64th place minus the 8th, counted from 1

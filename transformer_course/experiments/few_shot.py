@@ -242,12 +242,11 @@ def markov_bayes(
 # %% ../../nbs/19_few_shot.ipynb #940ddefd
 def icl_score(
     loss: Tensor,  # (B, T) or (T,) nats by place
-    early: tuple[int, int] = (4, 12),  # places at the beginning, from and to
-    late: tuple[int, int] = (-8, 0),  # places at the end, counted from there; 0 is the end
+    early: int = 8,  # a place near the beginning, counted from 1
+    late: int = 64,  # a place near the end, counted from 1
 ) -> float:  # nats; negative: the context helps
     "In-context learning score: late loss minus early loss (Olsson 2022, arXiv 2209.11895)."
-    T = loss.shape[-1]
-    start, end = T + late[0], T + late[1]
-    if not 0 <= early[0] < early[1] <= start:
-        raise ValueError(f'early={early} and late={late} must lie in this order within {T} places')
-    return (loss[..., start:end].mean() - loss[..., early[0] : early[1]].mean()).item()
+    if not 1 <= early < late <= loss.shape[-1]:
+        places = f'{loss.shape[-1]} places'
+        raise ValueError(f'early={early} and late={late} must lie in this order within {places}')
+    return (loss[..., late - 1].mean() - loss[..., early - 1].mean()).item()
