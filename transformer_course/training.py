@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .bigram import count_targets
-from .checkpoint import load_model
 from .optim import OptimConfig, make_optimizers, set_step_sizes, step_sizes
 from .progress import progress
 from .stopping import check_resumed, stop_if_asked
