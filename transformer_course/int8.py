@@ -43,7 +43,6 @@ def quantize_rows(
 def pack(
     w8: Tensor,  # (O, I) int8
     scale: Tensor,  # (O,)
-    bias: Tensor | None,  # (O,)
 ):  # what the kernel wants; None where there is no kernel
     "Hand bytes over to PyTorch's CPU kernel for products of bytes."
     missing = torch.backends.quantized.engine == 'none'
@@ -54,7 +53,7 @@ def pack(
         # the tensor type that the kernel takes is marked as old; the kernel is not
         warnings.simplefilter('ignore')
         tensor = torch._make_per_channel_quantized_tensor(w8, scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(tensor, bias)
+        return torch.ops.quantized.linear_prepack(tensor, None)
 
 # %% ../nbs/support/int8.ipynb #29f18695
 class Int8Linear(nn.Module):
@@ -69,11 +68,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         w8, scale = quantize_rows(weight.detach())
         self.out_features, self.in_features = w8.shape
-        self.packed = pack(w8, scale, bias) if kernel else None
-        if self.packed is None:  # the kernel's form holds all three
+        self.packed, self.bias = pack(w8, scale) if kernel else None, bias
+        if self.packed is None:  # the kernel's form holds both
             self.register_buffer('w8', w8)
             self.register_buffer('scale', scale)
-            self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         if self.packed is None:
@@ -81,7 +79,9 @@ class Int8Linear(nn.Module):
             return F.linear(x, weight, self.bias)
         if x.dim() == 1:  # the kernel wants rows
             return self(x[None])[0]
-        return torch.ops.quantized.linear_dynamic(x, self.packed)
+        size = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # (..., 1) the kernel has one scale
+        y = torch.ops.quantized.linear_dynamic(x / size, self.packed) * size
+        return y if self.bias is None else y + self.bias
 
 # %% ../nbs/support/int8.ipynb #791e5551
 def check_no_cross_attention(model: nn.Module) -> None:
