@@ -122,10 +122,10 @@ def summary(rows):
         key: statistics.median(run[key] for run in runs) for key in ('loss', 'cpu_seconds')
     }
     found = {name: middle([row[name] for row in rows]) for name in NAMES}
-    found['fast'] = [middle(runs) for runs in zip(*(row['fast'] for row in rows))]
+    curve = [middle(runs) for runs in zip(*(row['fast'] for row in rows))]
     ratios = [row['ratio'] for row in rows]
     ratio = None if None in ratios else statistics.median(ratios)
-    return dict(median=found, ratio=ratio, runs=rows)
+    return dict(median=found, fast=curve, ratio=ratio, runs=rows)
 
 
 def figures(run):
@@ -138,7 +138,7 @@ def show(name, source, result):
     middle, ratio = result['median'], result['ratio']
     print(f'{name}: {source}')
     print(f"    nanoGPT {figures(middle['nanogpt'])}; long {figures(middle['long'])}")
-    print('    fast    ' + '; '.join(map(figures, middle['fast'])))
+    print('    fast    ' + '; '.join(map(figures, result['fast'])))
     told = f'in 1/{ratio:.1f} of its time' if ratio else 'not by every seed'
     print(f"    nanoGPT's loss was reached {told}", flush=True)
 

@@ -192,7 +192,7 @@ BAD = [
     ([*MY, '--device', 'abacus'], ['--device abacus', 'cpu']),
     ([*MY, '--bias', 'perhaps'], ['--bias', 'true or false']),
     ([*MY, '--learning_rate', 'nan'], ['--learning_rate', 'finite number']),
-    (['train', '--config', 'nope.json'], ['nope.json', 'JSON']),
+    (['train', '--config', 'nope.json'], ['nope.json', 'No such file']),
     (['train', '--config', 'my.txt'], ['my.txt', 'not JSON']),
     (['train', '--config', 'odd.json'], ["'colour'", '--help']),
     (['train', '--config', 'list.json'], ['list.json', 'no object']),

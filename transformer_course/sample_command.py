@@ -27,7 +27,7 @@ from .generation import stream
 from .gpt import GPT
 from .int8 import load_int8
 from .prepare import tokenizer_from
-from .settings import check_seed, check_types
+from .settings import check_types
 from .tensors import TensorFile
 from .tokenizer import BPETokenizer
 
@@ -68,7 +68,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_seed(self.seed)
         for name, least in (('max_new_tokens', 0), ('num_samples', 1), ('top_k', 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f'{name}={value} must be at least {least}')

@@ -46,6 +46,8 @@ def check_types(
         if not fits(value, hint):
             nothing = ', or nothing (null in JSON)' if NoneType in get_args(hint) else ''
             raise ValueError(f'{f.name}={value!r} must be {NEEDED[base_type(hint)]}{nothing}')
+        if f.name == 'seed' and value is not None:
+            check_seed(value)
 
 
 def check_choice(
