@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import run_over_shards
 
+from transformer_course.files import signed
 from transformer_course.data import CharTokenizer
 from transformer_course.parallel import global_batch
 from transformer_course.prepare import hf_documents, prepare
@@ -194,9 +195,11 @@ def damage(tmp_path, how):
     if how == 'index cut':
         index.write_text(index.read_text()[:-9])
     if how == 'index lies':
-        index.write_text(json.dumps(shards.index | dict(tokens=999)))
+        index.write_text(json.dumps(signed(shards.index | dict(tokens=999))))
+    if how == 'index changed':
+        index.write_text(json.dumps(shards.index | dict(vocab_size=9)))
     if how == 'other format':
-        index.write_text(json.dumps(shards.index | dict(format=9)))
+        index.write_text(json.dumps(signed(shards.index | dict(format=9))))
     if how == 'no index':
         index.unlink()
 
@@ -208,7 +211,8 @@ def damage(tmp_path, how):
         ('short', ['00001.bin', '98 bytes instead of 100']),
         ('long', ['00001.bin', '102 bytes']),
         ('changed', ['00001.bin', 'checksum']),
-        ('index cut', ['index.json', 'damaged']),
+        ('index cut', ['index.json', 'not JSON']),
+        ('index changed', ['index.json', 'was changed']),
         ('index lies', ['index.json', 'damaged']),
         ('other format', ['format 9']),
         ('no index', ['no index.json', 'prepare']),

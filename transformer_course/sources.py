@@ -41,7 +41,7 @@ def how_to_recode(
         return 'it does not look like text: give a text file in UTF-8'
     near = [best.encoding, *best.could_be_from_charset]
     encoding = 'cp1252' if 'cp1252' in near or best.encoding == 'cp1257' else best.encoding
-    encoding = encoding.replace('_', '-').removesuffix('-le').removesuffix('-be')
+    encoding = encoding.replace('_', '-').replace('-le', 'le').replace('-be', 'be')
     command = f'iconv -f {encoding} -t utf-8 {shlex.quote(name)} > utf8.txt'
     return f'it may be {encoding}; convert it with `{command}` and look at the result'
 
@@ -62,13 +62,13 @@ def load_file(
     except OSError as e:
         why = f'it cannot be read ({e.strerror})'
         raise SourceError(what, why, 'check its permissions') from None
-    if not data:
-        raise SourceError(what, 'it is empty', 'give a file with at least one character')
     try:
         text = data.decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
         why = f'it is not UTF-8 (byte 0x{data[e.start]:02x} at position {e.start})'
         raise SourceError(what, why, how_to_recode(data, path.name)) from None
+    if not text:
+        raise SourceError(what, 'it is empty', 'give a file with at least one character')
     if '\0' in text:
         raise SourceError(what, 'it holds bytes of zero', how_to_recode(data, path.name))
     kind = 'original, ' if checksum(data) == ORIGINAL_SHA256 else ''
