@@ -49,7 +49,7 @@ def check_types(
         if f.name == 'seed' and value is not None:
             check_seed(value)
 
-
+# %% ../nbs/support/settings.ipynb #762de03f
 def check_choice(
     name: str,  # of the setting
     value: str,  # what was given
@@ -59,7 +59,7 @@ def check_choice(
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not known: choose one of {", ".join(choices)}')
 
-
+# %% ../nbs/support/settings.ipynb #d359d9f0
 def check_seed(
     seed: int,  # of a random generator
 ) -> None:
