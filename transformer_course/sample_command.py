@@ -181,11 +181,12 @@ def describe_checkpoint(folder: str | Path) -> list[str]:  # two or three lines
 def describe_training(about: dict) -> str:  # from checkpoint.json
     "How far a run has come, and its last loss on the validation text."
     words = f'{about.get("step")} of {about["train"].get("max_iters")} steps'
-    val = about.get('history', {}).get('val')
-    if not val:
-        return words
+    try:
+        loss = float(about['history']['val'][-1][1])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return words  # nothing was validated
     unit = 'character' if about.get('tokenizer', {}).get('kind') == 'char' else 'token'
-    return f'{words}, val loss {val[-1][1]:.4f} nats per {unit}'
+    return f'{words}, val loss {loss:.4f} nats per {unit}'
 
 # %% ../nbs/support/sample_command.ipynb #cc0d5640
 @dataclass

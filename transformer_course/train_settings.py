@@ -77,7 +77,7 @@ def resumed(
     defaults: dict,  # of every setting
 ) -> dict:  # every setting: what the checkpoint says, then what was asked for
     "The settings of the run in out_dir; another text or model raises a `ValueError`."
-    folder = Path(given.get('out_dir', defaults['out_dir'])) / 'checkpoint'
+    folder = pick(RunConfig, defaults | given).checkpoint
     about, _ = read_about(folder)
     if not {'data', 'train', 'text'} <= set(about):
         raise ValueError(
@@ -133,7 +133,7 @@ def train_settings(
         raise ValueError(
             '--val_fraction is for --text: what --data holds was split by prepare; leave it out'
         )
-    folder = Path(asked.get('out_dir', defaults['out_dir'])) / 'checkpoint'
+    folder = pick(RunConfig, defaults | asked).checkpoint
     if should_resume(folder, resume):
         return resumed(asked, defaults), True
     if not overwrite:
