@@ -56,15 +56,20 @@ def check_tokens(
             f'tokens has {len(tokens)} entries, and the first 256 are not the 256 single bytes: '
             'begin with those'
         )
+    sizes = {1}  # of the tokens so far: one of a million bytes has few places where it may be cut
     for i, t in enumerate(tokens[256:], 256):
         if t in known:
             raise ValueError(f'tokens[{i}]={t!r} occurs twice: give each token once')
-        if not any(t[:k] in known and t[k:] in known for k in range(1, len(t))):
+        cuts = (
+            range(1, len(t)) if len(t) <= len(sizes) else [k for k in sizes if len(t) - k in sizes]
+        )
+        if not any(t[:k] in known and t[k:] in known for k in cuts):
             raise ValueError(
                 f'tokens[{i}]={t!r} is not made of two earlier tokens: '
                 'is the order that of training?'
             )
         known.add(t)
+        sizes.add(len(t))
 
 # %% ../nbs/support/vocabularies.ipynb #9466691a
 def check_special_tokens(
@@ -81,7 +86,9 @@ def check_special_tokens(
             raise ValueError(
                 f'special_tokens has {s!r}: each must be a string of at least one character'
             )
-        if sum(str(t).startswith(s) for t in special_tokens) > 1:
+    ordered = sorted(special_tokens)  # what begins with a token stands right behind it
+    for s, following in zip(ordered, ordered[1:]):
+        if following.startswith(s):
             raise ValueError(
                 f'special_tokens has {s!r} twice, or another one that begins with it: '
                 'a text could not say which is meant'
