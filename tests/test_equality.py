@@ -9,13 +9,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from transformer_course.attention import causal_mask
 from transformer_course.block import BlockConfig, make_blocks, make_norm, run_blocks
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig, count_params
-from transformer_course.multihead import padding_mask
+from transformer_course.multihead import MultiHeadAttention, padding_mask
 from transformer_course.weights import load_gpt2_weights, load_llama_weights
 
 with warnings.catch_warnings():
@@ -297,3 +298,14 @@ def test_encoder_decoder_with_all_masks(norm_first, activation):
         found = theirs.decoder.norm(run_blocks(decoder, target, memory, **masks))
     real = target_mask[:, 0, 0]
     assert (found - expected)[real].abs().max() <= 1e-5
+
+
+def test_normalised_queries_and_keys_are_layer_norm_s():
+    "Against torch's own norm and kernel, with the layer's own weights."
+    torch.manual_seed(0)
+    layer, norm = MultiHeadAttention(16, 2, qk_norm=True), nn.LayerNorm(8, elementwise_affine=False)
+    x = torch.randn(3, 5, 16)
+    q, k, v = (z.view(3, 5, 2, 8).transpose(1, 2) for z in layer.c_attn(x).chunk(3, -1))
+    seen = F.scaled_dot_product_attention(norm(q), norm(k), v, is_causal=True)
+    wanted = layer.c_proj(seen.transpose(1, 2).reshape(3, 5, 16))
+    torch.testing.assert_close(layer(x), wanted)

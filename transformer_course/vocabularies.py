@@ -42,7 +42,7 @@ def id_list(
 # %% ../nbs/support/vocabularies.ipynb #e507296d
 SINGLE_BYTES = [bytes([i]) for i in range(256)]
 
-
+# %% ../nbs/support/vocabularies.ipynb #73e7117a
 def check_tokens(
     tokens: Sequence[bytes],  # in the order of their ids
 ) -> None:
