@@ -1,5 +1,7 @@
 "What a block promises: options that reach every part, masks, dropout, errors that help."
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -169,3 +171,53 @@ def test_only_pre_norm_ends_in_a_norm():
     sizes = dict(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8)
     assert isinstance(GPT(GPTConfig(**sizes, norm_first=False)).transformer.ln_f, nn.Identity)
     assert GPT(GPTConfig(**sizes)).transformer.ln_f.weight.shape == (8,)
+
+
+# ---------------------------------------------------------------- masks and heads, by hand
+
+
+def by_hand(layer, x, memory, allowed):
+    "Softmax over the allowed scores, head by head, with the layer's own weights."
+    D = layer.head_size
+    rows = layer.c_attn.weight.split(layer.sizes)
+    shifts = layer.c_attn.bias.split(layer.sizes)
+    q, k, v = (z @ w.T + b for z, w, b in zip((x, memory, memory), rows, shifts))
+    shared, out, weights = layer.n_head // layer.n_kv_head, [], []
+    for h in range(layer.n_head):
+        own, kv = slice(h * D, (h + 1) * D), slice(h // shared * D, (h // shared + 1) * D)
+        scores = q[..., own] @ k[..., kv].mT / D**0.5
+        weights.append(scores.masked_fill(~allowed, -math.inf).softmax(-1))
+        out.append(weights[-1] @ v[..., kv])
+    return layer.c_proj(torch.cat(out, -1)), torch.stack(weights, 1)
+
+
+@pytest.mark.parametrize('n_kv_head', [4, 2, 1])
+@pytest.mark.parametrize('kind', ['bool', 'float'])
+def test_a_mask_is_added_to_the_rule_of_the_layer(n_kv_head, kind):
+    "What the mask hides stays hidden, and so does the future; each head has its keys and values."
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(16, 4, n_kv_head=n_kv_head, causal=True)
+    x, given = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool)
+    given[3:, 1] = False
+    mask = given if kind == 'bool' else torch.zeros(5, 5).masked_fill(~given, -math.inf)
+    wanted, weights = by_hand(layer, x, x, given.tril())
+    torch.testing.assert_close(layer(x, mask=mask), wanted)
+    torch.testing.assert_close(layer.weights(x, mask=mask), weights)
+
+
+@pytest.mark.parametrize('window', [None, 2])
+def test_a_memory_is_seen_as_a_whole(window):
+    "The rules of self-attention, no future and a window, are none for what lies in a memory."
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(16, 4, causal=True, window=window)
+    x, memory = torch.randn(2, 3, 16), torch.randn(2, 7, 16)
+    wanted, weights = by_hand(layer, x, memory, torch.ones(3, 7, dtype=torch.bool))
+    torch.testing.assert_close(layer(x, memory), wanted)
+    torch.testing.assert_close(layer.weights(x, memory), weights)
+
+
+@pytest.mark.parametrize(
+    'ratio, n_embd, units', [(2.4, 99, 238), (1.1, 9, 10), (239.99 / 64, 64, 240)]
+)
+def test_hidden_units_are_rounded(ratio, n_embd, units):
+    assert MLP(n_embd, ratio).c_fc.out_features == units
