@@ -17,7 +17,7 @@ import records
 import stamps
 from cells import code_of, fingerprint, notebook_paths, read_cells, tree
 from conftest import ROOT
-from transformer_course.course.ledger import ledger
+from transformer_course.course.ledger import CLAIMS, Entry, ledger, overall
 from transformer_course.course.records import load_records
 
 
@@ -90,6 +90,27 @@ def test_planned_claims_have_no_notebook_yet():
     built = {p.stem for p in (ROOT / 'nbs').glob('[0-9][0-9]_*.ipynb')}
     for entry in ledger(load_records(ROOT / 'results' / 'claims')):
         assert not built & set(entry.planned)
+
+
+# ---------------------------------------------------------------- the rule
+
+
+@pytest.mark.parametrize(
+    'held, short, said',
+    [
+        (3, 0, 'holds here'),
+        (3, 1, 'weak'),
+        (2, 2, 'weak'),
+        (2, 3, 'does not hold at this size'),
+        (0, 1, 'does not hold at this size'),
+    ],
+)
+def test_the_verdict_on_a_claim_counts_its_records(held, short, said):
+    claim = next(c for c in CLAIMS if c.here)
+    blank = dict(threshold={'at_least': 1}, worst=None, name='x')
+    rows = [dict(blank, value=2, verdict='holds')] * held
+    rows += [dict(blank, value=0.5, verdict='weak')] * short
+    assert overall(Entry(claim, tuple(('03_attention', r) for r in rows))) == said
 
 
 # ---------------------------------------------------------------- a claim without a record

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from unittest import mock
 
@@ -27,6 +27,7 @@ from transformer_course.flops import model_flops_per_token
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, TensorBoard
 from transformer_course.multihead import padding_mask
+from transformer_course.stopping import Stopped
 from transformer_course.strategy import Precision, SingleProcess, choose_compile, choose_precision
 from transformer_course.training import TrainConfig, TrainState, train, update
 
@@ -107,6 +108,27 @@ def test_an_old_checkpoint_is_taken_up(tmp_path):
     path.write_text(json.dumps(about))
     again = train(fresh(1), batch, short(max_iters=6), folder=tmp_path / 'c', resume=True)
     assert again.first_step == 4 and again.losses == whole.losses[4:] and again.tokens == 2 * 64
+
+
+@pytest.mark.parametrize('change', [dict(seed=7), dict(optimizer='adamw')], ids=str)
+def test_what_a_run_was_made_with_cannot_change(tmp_path, change):
+    config = TrainConfig(max_iters=2, eval_interval=2)
+    train(fresh(), batch, config, folder=tmp_path / 'c')
+    with pytest.raises(ValueError, match='cannot change|of 2 optimisers'):
+        train(fresh(), batch, replace(config, **change), folder=tmp_path / 'c', resume=True)
+
+
+@pytest.mark.parametrize('at', [1, 3])
+def test_a_stop_saves_the_update_in_hand(tmp_path, at):
+    "What was done is in the checkpoint, and the run that goes on from it is bit for bit the same."
+    config, folder = TrainConfig(max_iters=6, eval_interval=4, warmup_iters=2), tmp_path / 'c'
+    whole, asked = train(fresh(), batch, config), []
+    with pytest.raises(Stopped) as e:
+        stop = lambda: len(asked) > at or bool(asked.append(1))
+        train(fresh(), batch, config, folder=folder, stop=stop)
+    assert e.value.step == at + 1
+    again = train(fresh(1), batch, config, folder=folder, resume=True)
+    assert again.losses == whole.losses[at + 1 :]
 
 
 def test_a_checkpoint_does_not_grow_with_its_run(tmp_path):
