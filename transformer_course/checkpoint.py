@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'write_checkpoint', 'save_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'course_class',
-           'build_model', 'model_like', 'load_model']
+           'build_model', 'shadow_model', 'model_like', 'load_model']
 
 # %% ../nbs/support/checkpoint.ipynb #87393dca
 import json
@@ -142,27 +142,38 @@ def build_model(
     return model_class(config_from_dict(config_class, config))
 
 # %% ../nbs/support/checkpoint.ipynb #b9acdcfb
+def shadow_model(
+    model_class: Callable[..., nn.Module],  # of the model
+    config: dict | None,  # from checkpoint.json
+    shapes: dict,  # name -> shape, of the file of weights
+    known: bool = True,  # a class of the course: no layer is without tensors, no table is huge
+) -> nn.Module:  # on the meta device: shapes without numbers
+    "A model as a checkpoint describes it, held against its weights before memory is taken for it."
+    layers = (config or {}).get('n_layer', 1)
+    if known and isinstance(layers, int) and layers > len(shapes):
+        raise ValueError(
+            f'the checkpoint is of another model: n_layer={layers} with {len(shapes)} tensors: '
+            f'{OTHER_COPY}'
+        )
+    with torch.device('meta'):
+        shadow = build_model(model_class, config)
+    check_shapes(shadow, shapes)
+    tables = sum(b.nbytes for b in shadow.buffers())
+    if known and tables > 2**30:
+        raise ValueError(
+            f'the checkpoint asks for {tables / 2**30:,.0f} GiB of tables of positions: '
+            'make block_size in its config smaller'
+        )
+    return shadow
+
+# %% ../nbs/support/checkpoint.ipynb #4aa887f1
 def model_like(
     about: dict,  # checkpoint.json
     shapes: dict,  # name -> shape, of the file of weights
 ) -> nn.Module:  # with new weights
     "A model of the course as a checkpoint describes it, if the description fits the weights."
     cls, config = course_class(about.get('model', 'GPT')), about['config']  # format 1: only GPTs
-    layers = (config or {}).get('n_layer', 1)
-    if isinstance(layers, int) and layers > len(shapes):
-        raise ValueError(
-            f'the checkpoint is of another model: n_layer={layers} with {len(shapes)} tensors: '
-            f'{OTHER_COPY}'
-        )
-    with torch.device('meta'):
-        shadow = build_model(cls, config)
-    check_shapes(shadow, shapes)
-    tables = sum(b.nbytes for b in shadow.buffers())
-    if tables > 2**30:
-        raise ValueError(
-            f'the checkpoint asks for {tables / 2**30:,.0f} GiB of tables of positions: '
-            'make block_size in its config smaller'
-        )
+    shadow_model(cls, config, shapes)
     return build_model(cls, config)
 
 # %% ../nbs/support/checkpoint.ipynb #b7c99c08

@@ -12,11 +12,9 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/support/cli.ipynb #3e1052b9
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/support/cli.ipynb #b99bd0f6
@@ -25,7 +23,7 @@ from .files import present
 from .flags import Parser, add_fields, as_typed
 from .sample_command import InfoConfig, SampleConfig, run_info, run_sample
 from .train_command import run_train
-from .train_settings import PARTS, train_defaults, train_settings
+from .train_settings import PARTS, RunConfig, train_defaults, train_settings
 
 # %% ../nbs/support/cli.ipynb #a33e7f9c
 class Command(NamedTuple):
@@ -132,12 +130,11 @@ def how_to_go_on(
     given: dict,  # the flags that were typed
 ) -> str:
     "What to say after Ctrl-C: the command that takes the run up, if there is something to take up."
-    where = Path(given.get('out_dir', 'out'))
-    if step == 0 or not present(where / 'checkpoint').exists():
+    run = RunConfig(**{k: given[k] for k in ('out_dir',) if k in given})
+    if step == 0 or not present(run.checkpoint).exists():
         return 'stopped; nothing was saved'
-    named = f' --out_dir {shlex.quote(str(where))}' if where != Path('out') else ''
     at = '' if step is None else f' after {step} updates, saved'
-    return f'stopped{at}; go on with: transformer-course train --resume{named}'
+    return f'stopped{at}; go on with: transformer-course train --resume{run.flag}'
 
 # %% ../nbs/support/cli.ipynb #d7b58c9f
 def main(

@@ -110,7 +110,8 @@ def read_tokenizer(
     "The tokenizer beside the shards; a missing or damaged one raises a `ValueError`."
     path, mend = Path(data.data) / 'tokenizer.json', 'write the folder with prepare'
     saved = read_json(path, mend)
-    if checksum(path) != index.get('about', {}).get('tokenizer_sha256', checksum(path)):
+    found = checksum(path)
+    if found != index.get('about', {}).get('tokenizer_sha256', found):
         raise ValueError(f'{str(path)!r} was changed (its checksum is wrong): {mend}')
     return saved
 

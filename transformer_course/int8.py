@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quantize_rows', 'pack', 'Int8Linear', 'check_no_cross_attention', 'to_int8', 'place_tensor', 'place_buffers',
-           'weight_names', 'load_int8']
+           'weight_names', 'read_int8', 'load_int8']
 
 # %% ../nbs/support/int8.ipynb #4c901a8f
 import warnings
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import Block
-from .checkpoint import build_model, course_class
+from .checkpoint import build_model, course_class, shadow_model
+from .files import steady
 from .manifest import verified_checkpoint
-from .tensors import TensorFile, check_shapes
+from .tensors import TensorFile
 
 # %% ../nbs/support/int8.ipynb #9a2a7dc3
 def quantize_rows(
@@ -149,20 +150,18 @@ def weight_names(
         first.setdefault(id(p), name)
     return {name: first[id(p)] for name, p in named}
 
-# %% ../nbs/support/int8.ipynb #6d965e08
-def load_int8(
-    folder: str | Path,  # what `train` or `save_checkpoint` left
-    model_class: type[nn.Module] | None = None,  # default: the class of the course that was saved
-) -> tuple[nn.Module, dict]:  # the model in evaluation mode, and checkpoint.json
-    "A model with weights of one byte, read a matrix at a time."
+# %% ../nbs/support/int8.ipynb #6fa13da3
+def read_int8(
+    folder: str | Path,  # of a checkpoint
+    model_class: type[nn.Module] | None,  # see `load_int8`
+) -> tuple[nn.Module, dict]:  # see `load_int8`
+    "One reading of a checkpoint, a matrix at a time."
     about, place = verified_checkpoint(folder)
     config = about.get('config')
     cls = model_class or course_class(about.get('model', 'GPT'))  # once, all were GPTs
-    with torch.device('meta'):
-        model = build_model(cls, config)
-    check_no_cross_attention(model)
     tensors = TensorFile(place / 'model.safetensors')
-    check_shapes(model, tensors.shapes)
+    model = shadow_model(cls, config, tensors.shapes, known=model_class is None)
+    check_no_cross_attention(model)
     place_buffers(model, cls, config or {})
     files = weight_names(model)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -177,3 +176,11 @@ def load_int8(
         layer = Int8Linear(floats[source] if source in floats else tensors[source], bias)
         setattr(model.get_submodule(parent), leaf, layer)
     return model.eval(), about
+
+# %% ../nbs/support/int8.ipynb #6d965e08
+def load_int8(
+    folder: str | Path,  # what `train` or `save_checkpoint` left
+    model_class: type[nn.Module] | None = None,  # default: the class of the course that was saved
+) -> tuple[nn.Module, dict]:  # the model in evaluation mode, and checkpoint.json
+    "A model with weights of one byte, read a matrix at a time."
+    return steady(folder, 'checkpoint.json', lambda: read_int8(folder, model_class))

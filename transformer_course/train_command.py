@@ -7,7 +7,6 @@ __all__ = ['check_memory', 'make_model', 'introduce', 'Reporter', 'earlier_losse
 
 # %% ../nbs/support/train_command.ipynb #07bdf776
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -190,6 +189,5 @@ def train_together(values: dict, resume: bool, run: RunConfig, parallel: SingleP
         if first:
             print(f'whole   val loss {loss:.4f} nats per {corpus.unit} over all of it')
     if first:
-        where = f' --out_dir {shlex.quote(run.out_dir)}' if run.out_dir != 'out' else ''
         print(f'wrote   {run.checkpoint} and {Path(run.out_dir) / "loss.png"}')
-        print(f'more    transformer-course sample{where}')
+        print(f'more    transformer-course sample{run.flag}')

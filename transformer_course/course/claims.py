@@ -16,6 +16,17 @@ from .records import KEYS, Table, asked, line, write_records
 from ..settings import check_choice
 
 # %% ../../nbs/support/claims.ipynb #f9e9b48e
+def _bounds(
+    threshold: dict,  # some of at_least, at_most, within, equals
+) -> tuple[float, float]:
+    "The lowest and the highest figure that meet a threshold"
+    low, high = threshold.get('within', (-math.inf, math.inf))
+    exact = threshold.get('equals')
+    low = max(low, threshold.get('at_least', low), low if exact is None else exact)
+    high = min(high, threshold.get('at_most', high), high if exact is None else exact)
+    return low, high
+
+
 def gap(
     value,  # the figure
     threshold: dict,  # some of at_least, at_most, within, equals
@@ -23,9 +34,7 @@ def gap(
     "By how much a figure misses its threshold; a figure that is not finite misses it by infinity"
     if value is None or not math.isfinite(value):
         return math.inf
-    low, high = threshold.get('within', (-math.inf, math.inf))
-    low = max(low, threshold.get('at_least', -math.inf), threshold.get('equals', -math.inf))
-    high = min(high, threshold.get('at_most', math.inf), threshold.get('equals', math.inf))
+    low, high = _bounds(threshold)
     return max(low - value, value - high, 0)
 
 # %% ../../nbs/support/claims.ipynb #2fce8dac
@@ -131,8 +140,7 @@ def _over_seeds(
 # %% ../../nbs/support/claims.ipynb #f4e55c37
 def _spare(value, threshold):
     "How far inside its bounds a figure lies"
-    low, high = threshold.get('within', (-math.inf, math.inf))
-    low, high = threshold.get('at_least', low), threshold.get('at_most', high)
+    low, high = _bounds(threshold)
     return min(value - low, high - value)
 
 # %% ../../nbs/support/claims.ipynb #b755f7b4
