@@ -6,7 +6,17 @@ models are then evaluated by the same function, over the whole of the held-out p
 windows of the context they were trained with.
 """
 
-import contextlib, io, json, os, pickle, platform, runpy, subprocess, sys, tempfile, time
+import contextlib
+import io
+import json
+import os
+import pickle
+import platform
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +67,44 @@ def split(text, part='validation'):
     return tokenizer, train, val
 
 
+def lay_out(checkout, tokenizer, train, val):
+    "Make the present folder what nanoGPT's `train.py` expects: its data and its own files."
+    Path('data/shakespeare_char').mkdir(parents=True)
+    for name, ids in dict(train=train, val=val).items():
+        ids.numpy().astype('uint16').tofile(f'data/shakespeare_char/{name}.bin')
+    with open('data/shakespeare_char/meta.pkl', 'wb') as f:
+        pickle.dump(dict(vocab_size=tokenizer.vocab_size), f)  # train.py reads it
+    for name in ('configurator.py', 'config'):
+        os.symlink(checkout / name, name)
+
+
+def run_train_py(checkout, settings, seed):
+    "Run nanoGPT's `train.py` in the present folder, with another seed: its CPU seconds."
+    import torch
+
+    flags = {
+        **settings,
+        'device': 'cpu',
+        'compile': False,
+        'eval_iters': 1,
+        'eval_interval': settings['max_iters'],
+        'log_interval': 10**9,
+        'always_save_checkpoint': True,
+        'out_dir': 'out',
+    }
+    config = 'config/train_shakespeare_char.py'
+    sys.argv = ['train.py', config, *(f'--{k}={v}' for k, v in flags.items())]
+    plain_seed = torch.manual_seed
+    torch.manual_seed = lambda own: plain_seed(own + seed)
+    began = time.process_time()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            runpy.run_path(str(checkout / 'train.py'), run_name='__main__')
+    finally:
+        torch.manual_seed = plain_seed
+    return time.process_time() - began
+
+
 def run_nanogpt(job):
     "nanoGPT's own, unchanged `train.py`, with evaluations of one batch, and another seed."
     import torch
@@ -66,37 +114,10 @@ def run_nanogpt(job):
     checkout, settings = Path(job['path']).resolve(), {**NANOGPT_CPU, **job.get('settings', {})}
     tokenizer, train, val = split(Path(job['text']).read_text(encoding='utf-8'), job['part'])
     sys.path.insert(0, str(checkout))
-    plain_seed, last = torch.manual_seed, settings['max_iters']
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        Path('data/shakespeare_char').mkdir(parents=True)
-        for name, ids in dict(train=train, val=val).items():
-            ids.numpy().astype('uint16').tofile(f'data/shakespeare_char/{name}.bin')
-        with open('data/shakespeare_char/meta.pkl', 'wb') as f:
-            pickle.dump(dict(vocab_size=tokenizer.vocab_size), f)  # train.py reads it
-        for name in ('configurator.py', 'config'):
-            os.symlink(checkout / name, name)
-        flags = {
-            **settings,
-            'device': 'cpu',
-            'compile': False,
-            'eval_iters': 1,
-            'eval_interval': last,
-            'log_interval': 10**9,
-            'always_save_checkpoint': True,
-            'out_dir': 'out',
-        }
-        sys.argv = [
-            'train.py',
-            'config/train_shakespeare_char.py',
-            *(f'--{k}={v}' for k, v in flags.items()),
-        ]
-        torch.manual_seed = lambda seed: plain_seed(seed + job['seed'])
-        began = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            runpy.run_path(str(checkout / 'train.py'), run_name='__main__')
-        seconds = time.process_time() - began
-        torch.manual_seed = plain_seed
+        lay_out(checkout, tokenizer, train, val)
+        seconds = run_train_py(checkout, settings, job['seed'])
         import model
 
         saved = torch.load('out/ckpt.pt', weights_only=True)

@@ -4,12 +4,21 @@
     python benchmarks/sampling.py --quick           every path on a tiny model, in seconds
 
 This library comes with floats and with weights of one byte, and all are interleaved. Random
-weights, the same shape for all. Also measured in the same run: how fast one core reads a big
-matrix for a matrix-vector product, which bounds what a model that does not fit in the cache can
-do. Prints a table and writes benchmarks/results/sampling.json.
+weights, the same shape for all. Rounds go on until the distance between the quartiles of every row
+is below 5 % of its median. Also measured in every round: how fast one core reads a long row of
+numbers that it only has to add up, which bounds what a model that does not fit in the cache can do.
+Prints a table and writes benchmarks/results/sampling.json.
 """
 
-import argparse, importlib.util, json, os, statistics, sys, time, warnings
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -18,7 +27,9 @@ import torch
 from transformer_course.generation import generate
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.int8 import to_int8
+from transformer_course.layout import by_columns
 
+STEADY = 0.05  # the spread below which a row is quoted
 RESULT = Path(__file__).parent / 'results' / 'sampling.json'
 MODERN = dict(
     mlp_ratio=3.0,
@@ -78,25 +89,94 @@ def ours(shape, use_cache=True, int8=False):
     model = GPT(GPTConfig(**shape), torch.Generator().manual_seed(0)).eval()
     if int8:
         to_int8(model)
+    by_columns(model)  # as `transformer-course sample` does
     return lambda idx, n: generate(model, idx, n, temperature=0, use_cache=use_cache)
 
 
-def bandwidth(rows=50257, columns=768):
-    "Bytes per second of a matrix-vector product over more than the caches, the best of five."
-    w, x, best = torch.rand(rows, columns), torch.rand(columns), 0.0
-    for _ in range(5):
+def bandwidth(numbers=50257 * 768, tries=3):
+    "Bytes per second of adding up more numbers than the caches hold, the best of some tries."
+    w, best = torch.rand(numbers), 0.0
+    for _ in range(tries):
         began = time.perf_counter()
-        torch.mv(w, x)
+        w.sum()
         best = max(best, w.numel() * 4 / (time.perf_counter() - began))
     return best
 
 
-def main():
+def contestants_for(name, shape, checkout):
+    "Name -> a function of (ids, number of new tokens), for one shape."
+    found = {'nanoGPT': nanogpt(checkout, shape)} if checkout else {}
+    if importlib.util.find_spec('transformers') is not None:
+        found['Hugging Face, cache'] = hugging_face(shape)
+    found |= {
+        'ours, no cache': ours(shape, False),
+        'ours': ours(shape),
+        'ours, int8 weights': ours(shape, int8=True),
+    }
+    if name == 'small':
+        found['ours, modern fields'] = ours(shape | MODERN)
+    return found
+
+
+def spread(speeds):
+    "The distance between the quartiles, as a share of the median."
+    if len(speeds) < 4:
+        return math.inf
+    low, _, high = statistics.quantiles(speeds, n=4)
+    return (high - low) / statistics.median(speeds)
+
+
+def one_round(contestants, n):
+    "Each contestant once, one after another, so that a slow minute hits all: tokens a second."
+    speeds, idx = {}, torch.ones(1, 1).long()
+    for peer, run in contestants.items():
+        began = time.perf_counter()
+        assert run(idx, n).shape[1] == n + 1
+        speeds[peer] = n / (time.perf_counter() - began)
+    return speeds
+
+
+def measure(contestants, n, least, most):
+    "Rounds until every row's spread is below 5 %, at least `least`, at most `most` of them."
+    rows, reads = {peer: [] for peer in contestants}, []
+    one_round(contestants, 2)  # warm up
+    while len(reads) < least or (len(reads) < most and max(map(spread, rows.values())) >= STEADY):
+        for peer, speed in one_round(contestants, n).items():
+            rows[peer].append(speed)
+        reads.append(bandwidth())
+    return rows, reads
+
+
+def summary(rows):
+    "Median, spread and every round of each contestant."
+    return {
+        peer: dict(
+            median=dict(tokens_per_second=statistics.median(speeds), spread=spread(speeds)),
+            runs=[dict(tokens_per_second=speed) for speed in speeds],
+        )
+        for peer, speeds in rows.items()
+    }
+
+
+def bound(rows, reads):
+    "How fast a core reads, and which share of what that allows ours reaches, round by round."
+    weights = 4 * (GPTConfig().vocab_size * 768 + 12 * 12 * 768**2)
+    shares = [speed * weights / read for speed, read in zip(rows['ours'], reads)]
+    return dict(
+        bytes_per_second=statistics.median(reads),
+        weight_bytes=weights,
+        share_of_bound=statistics.median(shares),
+    )
+
+
+def parsed():
+    "The command line."
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--nanogpt')
-    parser.add_argument('--runs', type=int, default=5)
+    parser.add_argument('--rounds', type=int, default=5, help='at least so many')
+    parser.add_argument('--most', type=int, default=20, help='at most so many')
     parser.add_argument('--quick', action='store_true')
     parser.add_argument('--out', type=Path, default=RESULT)
     args = parser.parse_args()
@@ -104,55 +184,30 @@ def main():
         sys.exit(
             f'--nanogpt {args.nanogpt}: no model.py there; give a checkout of karpathy/nanoGPT'
         )
+    return args
+
+
+def main():
+    args, table, more = parsed(), {}, {}
     torch.set_num_threads(1)
-    has_hf = importlib.util.find_spec('transformers') is not None
-    table = {}
+    least, most = (1, 1) if args.quick else (args.rounds, args.most)
     for name, (shape, n) in (QUICK if args.quick else SHAPES).items():
-        contestants = {'nanoGPT': nanogpt(args.nanogpt, shape)} if args.nanogpt else {}
-        if has_hf:
-            contestants['Hugging Face, cache'] = hugging_face(shape)
-        contestants |= {
-            'ours, no cache': ours(shape, False),
-            'ours': ours(shape),
-            'ours, int8 weights': ours(shape, int8=True),
-        }
-        if name == 'small':
-            contestants['ours, modern fields'] = ours(shape | MODERN)
-        idx, runs = torch.ones(1, 1).long(), {peer: [] for peer in contestants}
-        for peer in contestants.values():
-            peer(idx, 2)  # warm up
-        for _ in range(1 if args.quick else args.runs):  # interleaved: a slow minute hits all
-            for peer, run in contestants.items():
-                began = time.perf_counter()
-                assert run(idx, n).shape[1] == n + 1
-                runs[peer].append(dict(tokens_per_second=n / (time.perf_counter() - began)))
-        table[name] = {
-            peer: dict(
-                median=dict(
-                    tokens_per_second=statistics.median(r['tokens_per_second'] for r in rows)
-                ),
-                runs=rows,
-            )
-            for peer, rows in runs.items()
-        }
+        contestants = contestants_for(name, shape, args.nanogpt)
+        rows, reads = measure(contestants, n, least, most)
+        table[name] = summary(rows)
         for peer, row in table[name].items():
-            print(f"{name:6} {peer:22} {row['median']['tokens_per_second']:9.1f} tokens per second")
+            m = row['median']
+            said = f"{m['tokens_per_second']:9.1f} tokens per second, spread {m['spread']:.1%}"
+            print(f'{name:6} {peer:22} {said}')
+        if name == 'gpt2':
+            more = bound(rows, reads)
+    packages = [p for p in ('transformers',) if importlib.util.find_spec(p) is not None]
     checkout = dict(nanogpt=peers.checkout_version(args.nanogpt)) if args.nanogpt else {}
-    result = dict(
-        table=table,
-        versions=peers.versions(*(['transformers'] if has_hf else []), **checkout),
-        threads=1,
-    )
+    result = dict(table=table, versions=peers.versions(*packages, **checkout), threads=1, **more)
     print(result['versions'])
-    if not args.quick:
-        weights = 4 * (GPTConfig().vocab_size * 768 + 12 * 12 * 768**2)
-        result |= dict(bytes_per_second=bandwidth(), weight_bytes=weights)
-        speed, reads = (
-            table['gpt2']['ours']['median']['tokens_per_second'],
-            result['bytes_per_second'],
-        )
-        share = result['share_of_bound'] = speed * weights / reads
-        print(f"one core reads {reads / 1e9:.1f} GB/s; ours reaches {share:.0%} of that bound")
+    if more:
+        share = f"ours reaches {more['share_of_bound']:.0%} of that bound"
+        print(f"one core reads {more['bytes_per_second'] / 1e9:.1f} GB/s; {share}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + '\n')
 

@@ -8,7 +8,9 @@ import torch
 from transformer_course import parallel as P
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, read_losses
+from transformer_course.optim import make_optimizers
 from transformer_course.shards import ShardBatches, Shards
+from transformer_course.strategy import Precision
 from transformer_course.training import TrainConfig, train
 
 IDS = torch.randint(13, (300,), generator=torch.Generator().manual_seed(0))
@@ -44,6 +46,27 @@ def batches(parallel, accident=lambda: None, mask=False, rows=12):
         return x, y
 
     return draw
+
+
+def overflow_of_one(sharded, rank):
+    """Two updates in float16; a gradient that only process 1 holds overflows in the first one.
+
+    After each: the loss scale, and whether this process's weights have moved.
+    """
+    precision, found = Precision('cpu', torch.float16, init_scale=1024.0), []
+    optimizers = make_optimizers(sharded, TrainConfig())
+    for spike in (True, False):
+        before = [p.to_local().clone() for p in sharded.parameters()]
+        with precision.autocast():
+            loss = sharded(IDS[None, :8], IDS[None, 1:9])[1]
+        precision.backward(loss)
+        if spike and rank == 1:
+            next(sharded.parameters()).grad.to_local()[0] = torch.inf
+        precision.step(sharded, optimizers)
+        now = [p.to_local() for p in sharded.parameters()]
+        moved = any(not torch.equal(a, b) for a, b in zip(before, now))
+        found.append([precision.scaler.get_scale(), moved])
+    return found
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.prepare import prepare
 from transformer_course.sample_command import describe_checkpoint
 from transformer_course.shards import Shards
+from transformer_course.tokenizer import BPETokenizer
 from transformer_course.train_settings import PARTS, train_defaults
 
 MORE = int(os.environ.get('COURSE_FUZZ', '1'))
@@ -122,6 +123,33 @@ def test_edited_checkpoints(tmp_path):
                 assert isinstance(found[0], nn.Module)
 
 
+def flipped(data, dice):
+    "Bytes with one bit of one of them turned over."
+    i = dice.randrange(len(data))
+    return data[:i] + bytes([data[i] ^ 1 << dice.randrange(8)]) + data[i + 1 :]
+
+
+@pytest.mark.parametrize('cls', [CharTokenizer, BPETokenizer])
+def test_flipped_bits_in_tokenizers(tmp_path, cls):
+    "One line, or the tokenizer that was saved."
+    text, path, dice = (
+        'to be or not to be, that is 那个问题 \\ " ☃' * 9,
+        tmp_path / 't.json',
+        random.Random(5),
+    )
+    tokenizer = cls.train(text, *([300] if cls is BPETokenizer else []))
+    tokenizer.save(path)
+    good, ids, same = path.read_bytes(), tokenizer.encode(text), 0
+    for _ in range(300 * MORE):
+        path.write_bytes(flipped(good, dice))
+        try:
+            assert cls.load(path).encode(text) == ids
+            same += 1
+        except ValueError as e:
+            assert '\n' not in str(e)
+    assert same <= 30 * MORE  # in the name of the checksum, or a space that became another
+
+
 def test_flipped_bits_in_shards(tmp_path):
     prepare(
         tmp_path / 'd',
@@ -134,8 +162,7 @@ def test_flipped_bits_in_shards(tmp_path):
     for _ in range(200 * MORE):
         path = dice.choice([p for p in files if p.parent.name == 'train'])
         good = path.read_bytes()
-        i = dice.randrange(len(good))
-        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << dice.randrange(8)]) + good[i + 1 :])
+        path.write_bytes(flipped(good, dice))
         try:
             Shards(tmp_path / 'd' / 'train', verify=True)
             same += 1

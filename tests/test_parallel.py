@@ -79,7 +79,8 @@ with P.together('ddp', 'cpu') as ddp:
     m = model()
     fsdp.wrap(m)
     held = sum(p.to_local().numel() for p in m.parameters())
-    mine = dict(found=found, dice=dice, held=held, sums=sums)
+    overflow = small_runs.overflow_of_one(m, ddp.rank)
+    mine = dict(found=found, dice=dice, held=held, sums=sums, overflow=overflow)
     (tmp / f'rank{ddp.rank}.json').write_text(json.dumps(mine))
 """
 
@@ -123,6 +124,11 @@ def test_same_losses_as_one_process(two, one, how, kind):
 def test_unequal_shares_of_targets_are_weighed(two, one, how, kind):
     "One of two processes scores 27 of 75 targets; a mean of means would be wrong from the start."
     close(two.found[how + kind], one[kind], rtol=1e-6)
+
+
+def test_an_overflow_in_one_shard_is_everybodys(two):
+    "float16: all processes skip the update and halve the loss scale; the next update is made."
+    assert [r['overflow'] for r in two.ranks] == 2 * [[[512.0, False], [512.0, True]]]
 
 
 def test_an_untied_model_in_shards(two, one):

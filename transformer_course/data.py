@@ -6,14 +6,12 @@
 __all__ = ['CharTokenizer', 'train_val_split', 'get_batch']
 
 # %% ../nbs/00_data.ipynb #3fdbc33c
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .files import write_file
-from .vocabularies import id_list, read_saved
+from .vocabularies import id_list, read_saved, write_saved
 
 # %% ../nbs/00_data.ipynb #f076b4ba
 class CharTokenizer:
@@ -51,7 +49,7 @@ class CharTokenizer:
         return ''.join(self.chars[i] for i in id_list(ids, self.vocab_size))
 
     def save(self, path: str | Path) -> None:  # a small JSON file
-        write_file(path, json.dumps({'kind': 'char', 'chars': self.chars}))
+        write_saved(path, 'char', chars=self.chars)
 
     @classmethod
     def load(cls, path: str | Path) -> 'CharTokenizer':  # what `save` wrote

@@ -26,6 +26,7 @@ from .files import present
 from .generation import stream
 from .gpt import GPT
 from .int8 import load_int8
+from .layout import by_columns
 from .prepare import tokenizer_from
 from .settings import check_types
 from .tensors import TensorFile
@@ -140,7 +141,8 @@ def open_writer(
             'name a run of transformer-course train'
         )
     device = find_device('cpu' if config.int8 else config.device)
-    return model.to(device), tokenizer_from(about['tokenizer'])
+    model = by_columns(model) if device.type == 'cpu' else model.to(device)
+    return model, tokenizer_from(about['tokenizer'])
 
 # %% ../nbs/support/sample_command.ipynb #459c494d
 def run_sample(config: SampleConfig) -> None:

@@ -8,7 +8,6 @@ __all__ = ['PATTERN', 'CACHE_SIZE', 'CACHE_LENGTH', 'split_pieces', 'learn_merge
 
 # %% ../nbs/08_tokenizer.ipynb #3f86f8b0
 import functools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
@@ -17,7 +16,6 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from .files import write_file
 from .streams import cut_stream, permissions, spelt_out
 from transformer_course.vocabularies import (
     SINGLE_BYTES,
@@ -25,6 +23,7 @@ from transformer_course.vocabularies import (
     check_tokens,
     id_list,
     read_saved,
+    write_saved,
 )
 
 # %% ../nbs/08_tokenizer.ipynb #9b5acccc
@@ -162,8 +161,7 @@ class ByteVocabulary:
 
     def save(self, path: str | Path) -> None:  # a JSON file
         tokens = [t.decode('latin-1') for t in self.tokens]
-        saved = dict(kind='bpe', tokens=tokens, special_tokens=[*self.special_tokens])
-        write_file(path, json.dumps(saved))
+        write_saved(path, 'bpe', tokens=tokens, special_tokens=[*self.special_tokens])
 
     @classmethod
     def load(cls, path: str | Path):  # what `save` wrote
