@@ -77,6 +77,8 @@ def child(work):
         torch.set_num_threads(1)
         work()
         status = 0
+    except SystemExit as e:
+        status = e.code
     except BaseException as e:
         print(f'child: {e!r}', file=sys.stderr, flush=True)
     finally:

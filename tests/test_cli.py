@@ -312,6 +312,27 @@ def test_ctrl_c_saves_the_update_in_hand_and_says_how_to_go_on(run, number):
     )
 
 
+IMPATIENT = """
+import os, signal, sys
+
+class Pressed:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'torch.nn':  # well inside the import of PyTorch
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+sys.argv = ['transformer-course', 'info']
+from importlib.metadata import entry_points
+(command,) = entry_points(group='console_scripts', name='transformer-course')
+sys.exit(command.load()())
+"""
+
+
+def test_ctrl_c_while_pytorch_is_being_imported_is_one_line(run):
+    result = run('-c', IMPATIENT, command=[sys.executable])
+    assert (result.returncode, result.stdout, result.stderr) == (130, '', '\nstopped\n')
+
+
 def test_a_log_has_every_update_once_also_after_a_resume(trained):
     before = losses(trained.folder)
     assert trained('train', '--resume', '--max_iters', 40).returncode == 0

@@ -7,7 +7,9 @@ times as much.
 import json
 import os
 import random
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,6 +21,7 @@ from transformer_course.checkpoint import load_model, save_checkpoint
 from transformer_course.data import CharTokenizer
 from transformer_course.files import signed
 from transformer_course.gpt import GPT, GPTConfig
+from transformer_course.manifest import FILES
 from transformer_course.prepare import prepare
 from transformer_course.sample_command import describe_checkpoint
 from transformer_course.shards import Shards
@@ -170,6 +173,64 @@ def test_flipped_bits_in_shards(tmp_path):
             assert '\n' not in str(e)
         path.write_bytes(good)
     assert same <= 2 * MORE  # a space in the index that became another one
+
+
+TINY = '--block_size 8 --n_layer 1 --n_head 2 --n_embd 8 --batch_size 2 --eval_interval 2'
+TINY += ' --optimizer adamw --device cpu --sample_tokens 1'
+
+
+def outcome_of(words, capsys):
+    "What a command leaves behind: its exit status and, where that is 0, what it printed."
+    capsys.readouterr()
+    try:
+        code = cli.main(words)
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert code in (0, 2) and 'Traceback' not in said.err
+    assert code == 0 or said.err.count('\n') == 1, said.err
+    return code, said.out if code == 0 else None
+
+
+def test_flipped_bits_in_a_run(tmp_path, capsys, monkeypatch):
+    "One bit of any file of a run: sample, info and --resume refuse it, or do what they did before."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 't.txt').write_text('to be or not to be, ' * 30)
+    train = ['train', '--text', 't.txt', *TINY.split(), '--out_dir', 'run']
+    assert outcome_of([*train, '--max_iters', '2'], capsys)[0] == 0
+    shutil.copytree('run', 'good')
+    commands = dict(
+        sample='sample --out_dir run --max_new_tokens 9 --device cpu'.split(),
+        info='info --out_dir run'.split(),
+        resume=[*train, '--max_iters', '3', '--resume'],
+    )
+    files = [p.relative_to('good') for p in Path('good').rglob('*') if p.stat().st_size]
+    files = [p for p in files if (Path('good') / p).is_file()]
+    assert {p.name for p in files} >= {'checkpoint.json', *FILES, 'log.jsonl'}
+
+    def after(name):  # what a command says, and which weights it leaves
+        code, said = outcome_of(commands[name], capsys)
+        left = Path('run/checkpoint/model.safetensors').read_bytes()
+        return code, None if name == 'resume' or code else said, None if code else left
+
+    right, dice, refused = {}, random.Random(6), 0
+    for name in commands:
+        shutil.rmtree('run')
+        shutil.copytree('good', 'run')
+        right[name] = after(name)
+        assert right[name][0] == 0
+    for _ in range(20 * MORE):
+        file, name = dice.choice(files), dice.choice([*commands])
+        shutil.rmtree('run')
+        shutil.copytree('good', 'run')
+        place = Path('run') / file
+        place.write_bytes(flipped(place.read_bytes(), dice))
+        found = after(name)
+        refused += found[0] == 2
+        reads_weights = name != 'info' or file.name == 'checkpoint.json'
+        if found[0] == 0 and file.name != 'log.jsonl' and reads_weights:
+            assert found == right[name], (file, name)
+    assert refused >= 5 * MORE
 
 
 def test_memory_is_asked_for_before_it_is_taken():

@@ -106,7 +106,7 @@ FOUNDATION = {'cache', 'checkpoint', 'course.claims', 'course.long_runs', 'cours
 FOUNDATION |= {'course.walk', 'fetching'}
 FOUNDATION |= {'figures', 'files', 'graphs', 'layout', 'logs', 'markov', 'matrices', 'plots'}
 FOUNDATION |= {'progress', 'settings', 'sources', 'streams', 'vocabularies', 'wheels'}
-TOPS = {'cli', 'course.exercises'}  # support that stands on the chapters
+TOPS = {'__main__', 'cli', 'course.exercises'}  # support that stands on the chapters
 
 
 def lazy_homes():

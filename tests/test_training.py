@@ -842,3 +842,30 @@ def test_the_recorded_kills_did_no_harm():
         for figures in (found['random'], found['points'])
         for k in ('damaged', 'losses_that_differ', 'log_lines_wrong')
     )
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_signals_in_one_process_and_in_two():
+    "Whatever the signal: nothing damaged, nothing lost, nobody left behind."
+    code = 'import json, signals; print(json.dumps(signals.random_signals(14, seed=3)))'
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT / 'benchmarks',
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    check_signals(json.loads(done.stdout.splitlines()[-1]), least=14)
+
+
+def check_signals(found, least):
+    names = ('damaged', 'updates_lost_on_request', 'hangs', 'other_ends')
+    names += ('losses_that_differ', 'log_lines_wrong')
+    assert found['signals'] >= least and found['in_two_processes'] > 0 < found['saved_on_request']
+    assert {name: found[name] for name in names} == dict.fromkeys(names, 0)
+
+
+def test_the_recorded_signals_did_no_harm():
+    found = json.loads((ROOT / 'benchmarks/results/kills.json').read_text())
+    check_signals(found['signals'], least=300)
