@@ -106,8 +106,14 @@ def ends(pids):
     return codes, hung
 
 
-def look_at(folder, number, codes, found):
-    "Count what a signal has left."
+def log_of(folder):
+    "What is in the log, as it lies there."
+    path = folder / 'log.jsonl'
+    return path.read_bytes() if path.exists() else b''
+
+
+def look_at(folder, number, codes, found, log_before):
+    "Count what a signal has left; a life that logged nothing has nothing to lose."
     try:
         saved = state(folder / 'checkpoint')
     except ValueError as e:
@@ -118,11 +124,11 @@ def look_at(folder, number, codes, found):
         return
     if number == signal.SIGKILL or set(codes) != {STOPPED}:
         return
-    log = folder / 'log.jsonl'
-    logged = [r['step'] for r in read_log(log) if 'loss' in r] if log.exists() else []
-    done, kept = logged[-1] if logged else 0, saved['step'] if saved else 0
     found['saved_on_request'] += 1
-    found['updates_lost_on_request'] += done - kept
+    if log_of(folder) != log_before:
+        logged = [r['step'] for r in read_log(folder / 'log.jsonl') if 'loss' in r]
+        done, kept = logged[-1] if logged else 0, saved['step'] if saved else 0
+        found['updates_lost_on_request'] += done - kept
 
 
 def wait_until_ready(folder, n, pids):
@@ -137,7 +143,7 @@ def alive(pid):
 
 def one_life(folder, n, dice, found, disturb):
     "Start, disturb at a random moment, and look; whether the run is finished."
-    pids = begin(folder, n)
+    log_before, pids = log_of(folder), begin(folder, n)
     number = dice.choice(SIGNALS)
     if disturb:
         wait_until_ready(folder, n, pids)
@@ -154,7 +160,7 @@ def one_life(folder, n, dice, found, disturb):
     # the peer of a killed process ends with 1; one that ended in the same moment, with 0
     fine = {-signal.SIGKILL, 0, 1} if number == signal.SIGKILL else {STOPPED}
     found['other_ends'] += bool(set(codes) - fine)
-    look_at(folder, number, codes, found)
+    look_at(folder, number, codes, found, log_before)
     return False
 
 
