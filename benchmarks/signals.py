@@ -159,7 +159,9 @@ def one_life(folder, n, dice, found, disturb):
     found['in_two_processes'] += n == 2
     # the peer of a killed process ends with 1; one that ended in the same moment, with 0
     fine = {-signal.SIGKILL, 0, 1} if number == signal.SIGKILL else {STOPPED}
-    found['other_ends'] += bool(set(codes) - fine)
+    if set(codes) - fine:
+        found['other_ends'] += 1
+        print(f'{number.name} in {n} processes: they ended with {codes}')
     look_at(folder, number, codes, found, log_before)
     return False
 
