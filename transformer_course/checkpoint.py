@@ -33,6 +33,7 @@ from transformer_course.tensors import (
     own_weights,
     restore_model,
     restore_optimizers,
+    shapes_only,
 )
 
 # %% ../nbs/support/checkpoint.ipynb #2188ff4c
@@ -155,7 +156,7 @@ def shadow_model(
             f'the checkpoint is of another model: n_layer={layers} with {len(shapes)} tensors: '
             f'{OTHER_COPY}'
         )
-    with torch.device('meta'):
+    with shapes_only():
         shadow = build_model(model_class, config)
     check_shapes(shadow, shapes)
     tables = sum(b.nbytes for b in shadow.buffers())

@@ -14,6 +14,7 @@ from torch import nn
 
 from .gpt import GPT, GPTConfig
 from .optim import muon_groups
+from .tensors import shapes_only
 
 # %% ../nbs/support/flops.ipynb #367547b6
 def meta_model(
@@ -27,7 +28,7 @@ def meta_model(
             f'config is of the type {type(config).__name__}, but {model_class.__name__} needs '
             f'{needed.__name__}: pass the class that belongs to it as model_class'
         )
-    with torch.device('meta'):
+    with shapes_only():
         return model_class(config)
 
 # %% ../nbs/support/flops.ipynb #749ff488

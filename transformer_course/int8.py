@@ -30,15 +30,15 @@ def quantize_rows(
             f'weight has shape {tuple(weight.shape)} and dtype {weight.dtype}: '
             'give a matrix of floats (O, I), one row an output'
         )
-    if not weight.isfinite().all():
+    if not all(rows.isfinite().all() for rows in weight.split(512)):
         raise ValueError(
             'weight holds numbers that are not finite: train again, or use an earlier checkpoint'
         )
     w8, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight))
-    for i in range(0, len(weight), 4096):  # a large vocabulary needs no second copy in floats
-        rows = weight[i : i + 4096]
-        scale[i : i + 4096] = step = rows.abs().amax(1) / 127
-        w8[i : i + 4096] = (rows / step.clamp(min=1e-30)[:, None]).round()  # zeros have no step
+    for i in range(0, len(weight), 512):  # a large vocabulary needs no second copy in floats
+        rows = weight[i : i + 512]
+        scale[i : i + 512] = step = rows.abs().amax(1) / 127
+        w8[i : i + 512] = (rows / step.clamp(min=1e-30)[:, None]).round()  # zeros have no step
     return w8, scale
 
 # %% ../nbs/support/int8.ipynb #bf6794e5
