@@ -4,14 +4,23 @@
 
 # %% auto #0
 __all__ = ['BANDWIDTHS', 'VOWELS', 'TELEPHONE', 'voice', 'random_words', 'add_noise', 'say', 'hz_to_mel', 'mel_to_hz',
-           'mel_filters', 'log_mel']
+           'mel_filters', 'log_mel', 'resample', 'spoken']
 
-# %% ../nbs/15_sound.ipynb #afdce2cc
+# %% ../nbs/15_sound.ipynb #fe2525e3
+import json
 import math
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .fetching import SourceError
+from .wheels import wheel_members
 
 # %% ../nbs/15_sound.ipynb #54d82a90
 BANDWIDTHS = (60.0, 90.0, 150.0)  # Hz, of the three resonances
@@ -77,13 +86,13 @@ def add_noise(
     noise = torch.randn(wave.shape, generator=generator) * power.sqrt()[:, None]
     return wave + noise * inside
 
-# %% ../nbs/15_sound.ipynb #d3cf3be8
+# %% ../nbs/15_sound.ipynb #d3678a9f
 def say(
     words: list[str],  # of letters in VOWELS
     generator: torch.Generator,  # decides speakers, pitches, lengths and noise
     rate: int = 8000,  # samples in a second
     snr: float | Tensor | None = None,  # dB of voice over noise; None: no noise
-) -> tuple[Tensor, Tensor]:  # waves (N, S), filled up with zeros, and samples in each (N,)
+) -> tuple[Tensor, Tensor]:  # waves (N, S), filled up with zeros; samples of each letter (N, L)
     "Each word by a speaker of its own."
     if not words or not all(words) or (strange := set(''.join(words)) - set(VOWELS)):
         what = f'letters {sorted(strange)}' if words and all(words) else f'words={words!r}'
@@ -107,7 +116,7 @@ def say(
     wave = torch.zeros(N, L * n)
     at = (starts[..., None] + place).flatten(1).clamp(max=L * n - 1)
     wave = wave.scatter_add(1, at, sound.flatten(1))[:, : lengths.max()]
-    return (wave if snr is None else add_noise(wave, lengths, snr, generator)), lengths
+    return (wave if snr is None else add_noise(wave, lengths, snr, generator)), samples
 
 # %% ../nbs/15_sound.ipynb #4a1405e9
 def hz_to_mel(hz: Tensor) -> Tensor:  # any shape -> the same
@@ -174,3 +183,70 @@ def log_mel(
 
 # %% ../nbs/15_sound.ipynb #723e6903
 TELEPHONE = dict(sample_rate=8000, n_fft=256, hop=128, n_mels=40)  # for `log_mel`
+
+# %% ../nbs/15_sound.ipynb #f7ea6daf
+_ENGINE = """
+import ctypes, json, sys
+engine, parts = ctypes.CDLL(sys.argv[1]), []
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+def receive(samples, n, events):
+    if samples and n > 0:
+        parts.append(ctypes.string_at(samples, 2 * n))
+    return 0
+
+rate = engine.espeak_Initialize(2, 0, sys.argv[2].encode(), 0x8000)  # hand the samples over
+engine.espeak_SetSynthCallback(receive)
+for text, voice, speed, pitch in json.load(sys.stdin):
+    parts.clear()
+    if engine.espeak_SetVoiceByName(voice.encode()):
+        sys.exit(f'it has no voice {voice!r}')
+    engine.espeak_SetParameter(1, speed, 0)
+    engine.espeak_SetParameter(3, pitch, 0)
+    text = text.encode()
+    engine.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None)
+    wave = b''.join(parts)
+    for number in (rate, len(wave)):
+        sys.stdout.buffer.write(number.to_bytes(4, 'little'))
+    sys.stdout.buffer.write(wave)
+"""
+
+# %% ../nbs/15_sound.ipynb #815e7621
+def resample(
+    wave: Tensor,  # (S,)
+    old: int,  # samples in a second
+    new: int,  # samples in a second
+) -> Tensor:  # (S * new / old,)
+    "The same sound at another sample rate, without what the new rate cannot hold."
+    n = round(len(wave) * new / old)
+    return torch.fft.irfft(torch.fft.rfft(wave)[: n // 2 + 1], n) * (n / len(wave))
+
+# %% ../nbs/15_sound.ipynb #89949585
+def spoken(
+    jobs: list[tuple],  # (text, voice, words a minute, pitch from 0 to 99)
+    rate: int = 8000,  # samples in a second
+) -> list[Tensor]:  # (S,) each, from -1 to 1, without the silence around
+    "Text said by eSpeak NG, in a process of its own; Linux on x86-64 only."
+    if (here := (platform.system(), platform.machine())) != ('Linux', 'x86_64'):
+        mend = 'run it on Linux on x86-64, or go on without: the results are recorded'
+        raise SourceError('wheel espeakng-loader', f'it has no engine for {" ".join(here)}', mend)
+    files = wheel_members('espeakng-loader', 'espeakng_loader/*')
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (path := Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        places = [str(path) for path in Path(folder).glob('*/libespeak-ng.so')]
+        places += [str(path) for path in Path(folder).glob('*/espeak-ng-data')]
+        command = [sys.executable, '-c', _ENGINE, *places]
+        done = subprocess.run(command, input=json.dumps(jobs).encode(), capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors='replace').strip().splitlines() or ['no reason given']
+        raise ValueError(f'jobs={jobs[:1]}... could not be said ({said[-1]}): try other voices')
+    out, waves = done.stdout, []
+    while out:
+        old, size = (int.from_bytes(out[i : i + 4], 'little') for i in (0, 4))
+        wave = torch.frombuffer(bytearray(out[8 : 8 + size]), dtype=torch.int16) / 32768
+        loud = (wave.abs() > 0.005).nonzero()
+        waves.append(resample(wave[int(loud.min()) : int(loud.max()) + 1], old, rate))
+        out = out[8 + size :]
+    return waves
