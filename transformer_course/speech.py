@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SpeechConfig', 'check_clips', 'SpeechEncoder', 'check_transcripts', 'SpeechTransformer', 'transcribe',
-           'edit_distance', 'char_error_rate', 'to_targets', 'to_words']
+           'edit_distance', 'char_error_rate', 'to_targets', 'to_words', 'listening', 'forward_share']
 
 # %% ../nbs/15_speech.ipynb #faa498db
 from dataclasses import dataclass
@@ -221,3 +221,32 @@ def to_words(
     "Tokens as words."
     letters = '?|' + alphabet
     return [''.join(letters[i] for i in row if i >= 0).split('|')[0] for row in tokens.tolist()]
+
+# %% ../nbs/15_speech.ipynb #95b1b343
+@torch.no_grad()
+def listening(
+    model: SpeechTransformer,  # in evaluation mode
+    mel: Tensor,  # (B, T, M)
+    lengths: Tensor,  # (B,) columns of each clip
+    tokens: Tensor,  # (B, N) END, then what was written
+) -> Tensor:  # (n_layer, B, H, N, S) cross-attention's weights
+    "Where each layer and head of the decoder looks while the next token is chosen."
+    maps = []
+    look = lambda layer, args, kwargs: maps.append(layer.weights(*args, **kwargs))
+    layers = [block.crossattention for block in model.h]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        model.decode(tokens, *model.encoder(mel, lengths))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(maps)
+
+
+def forward_share(
+    places: Tensor,  # (B, N) the slice looked at for each letter
+    letters: Tensor,  # (B,) letters of each word
+) -> float:  # from 0 to 1
+    "The share of steps from a letter to the next that do not go back in time."
+    inside = torch.arange(places.shape[1] - 1) < letters[:, None] - 1  # (B, N - 1)
+    return (places.diff(dim=1)[inside] >= 0).float().mean().item()
