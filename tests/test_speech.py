@@ -123,6 +123,14 @@ def test_picture_against_whisper():
         torch.testing.assert_close(log_mel(wave), expected, atol=1e-4, rtol=0)
 
 
+def test_silence_lies_eight_powers_below_the_loudest_spot():
+    wave = torch.zeros(8000)
+    wave[2000:4000] = torch.sin(torch.arange(2000) * 0.3)
+    picture = log_mel(wave)
+    assert picture[40:].unique().tolist() == [picture.min()]
+    torch.testing.assert_close(picture.max() - picture.min(), torch.tensor(2.0))  # 8 / 4
+
+
 def test_mel_scale():
     hz = torch.linspace(0, 8000, 50)
     torch.testing.assert_close(mel_to_hz(hz_to_mel(hz)), hz, atol=1e-2, rtol=1e-5)
@@ -292,6 +300,18 @@ def test_writing_is_greedy():
                 break
         tokens = tokens[1:] + [END] * (written.shape[1] + 1 - len(tokens))
         assert written[i].tolist() == tokens
+
+
+def test_nothing_is_written_after_the_end(monkeypatch):
+    model, (mel, lengths, _) = some_model(), some_clips()
+    script = torch.tensor([[5, 6, END, 7], [END, 8, 8, 8], [4, END, 9, 9]])
+
+    def decode(tokens, memory, mask):
+        return nn.functional.one_hot(script[:, : tokens.shape[1]], 11).float()
+
+    monkeypatch.setattr(model, 'decode', decode)
+    assert transcribe(model, mel, lengths).tolist() == [[5, 6, END], [END] * 3, [4, END, END]]
+    assert transcribe(model, mel, lengths, 2).tolist() == [[5, 6], [END] * 2, [4, END]]
 
 
 BAD = [
