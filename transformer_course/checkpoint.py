@@ -109,6 +109,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'MLPLanguageModel': 'before',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
+    'SpeechTransformer': 'speech',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14
