@@ -279,7 +279,8 @@ def test_learns_what_a_return_means(tmp_path):
     states = torch.randn(200, 5, 4, generator=g)
     log = Episodes(states, actions, rewards, torch.full((200,), 5))
     config = DecisionConfig(**SMALL | dict(block_size=1))
-    how = TrainConfig(max_iters=60, batch_size=32, eval_interval=100, warmup_iters=5, seed=1)
+    size = dict(max_iters=80, batch_size=32, eval_interval=100)
+    how = TrainConfig(**size, warmup_iters=5, learning_rate=2e-2, muon_lr=0.05, seed=1)
 
     def fit():
         model = DecisionTransformer(config, rng(1))
@@ -287,7 +288,7 @@ def test_learns_what_a_return_means(tmp_path):
         return model, history.losses
 
     (model, losses), (_, same) = fit(), fit()
-    assert losses == same and losses[0] > 0.6 and losses[-1] < 0.05
+    assert losses == same and losses[0] > 0.6 and losses[-1] < 0.1
     for wanted in (0.0, 1.0):
         returns = torch.full((200, 1), wanted)
         logits = model(returns, states[:, :1], actions[:, :1], torch.zeros(200, 1).long())[0]
