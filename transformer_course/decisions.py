@@ -61,7 +61,7 @@ class Episodes:
     def pick(self, rows: Tensor) -> 'Episodes':  # some of them: numbers, or True and False
         return Episodes(*(getattr(self, name)[rows] for name in self.__annotations__))
 
-# %% ../nbs/16_decisions.ipynb #191e1643
+# %% ../nbs/16_decisions.ipynb #3e196811
 def make_envs(
     name: str,  # of an environment of gymnasium, such as 'CartPole-v1'
     n: int,  # how many of it, side by side
