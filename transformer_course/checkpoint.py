@@ -102,6 +102,7 @@ def restore_checkpoint(
 # %% ../nbs/support/checkpoint.ipynb #e5d04dfd
 MODELS: dict[str, str] = {  # class -> its module in this package
     'BigramLanguageModel': 'bigram',
+    'DiffusionLM': 'diffusion',
     'ExpertGPT': 'experts',
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
