@@ -204,6 +204,21 @@ def test_sees_both_sides_and_not_under_the_mask():
     assert logits.shape == (3, T, V)
 
 
+def test_smear_takes_from_both_neighbours():
+    "At zero it does nothing; then each embedding has its neighbours' shares, by hand."
+    model, plain = small(smear=True), small()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != 'smear'})
+    idx, smear = ids(), model.smear.detach().clone()
+    x = plain.embed(idx)
+    want = x.clone()
+    for i in range(T):
+        want[:, i] += smear[0] * x[:, i - 1] if i else 0
+        want[:, i] += smear[1] * x[:, i + 1] if i < T - 1 else 0
+    torch.testing.assert_close(model.embed(idx), want)
+    nn.init.zeros_(model.smear)
+    torch.testing.assert_close(model(idx)[0], plain(idx)[0])
+
+
 def test_knows_where_it_stands():
     "All masks: places differ only by their distance to the others, as rotary positions have it."
     model, noisy = small(), torch.full((1, T), V)

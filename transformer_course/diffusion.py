@@ -6,7 +6,7 @@
 __all__ = ['check_shares', 'hide', 'diffusion_loss', 'even_shares', 'DiffusionConfig', 'DiffusionLM', 'check_denoise',
            'denoise_steps', 'denoise']
 
-# %% ../nbs/18_diffusion.ipynb #2e902a29
+# %% ../nbs/18_diffusion.ipynb #412817c1
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bigram import IGNORE_INDEX
-from .block import BlockConfig, make_blocks, norm_of, run_blocks
+from .block import BlockConfig, make_blocks, make_norm, norm_of, run_blocks
 from .generation import evaluating, token_probs
 from .gpt import check_ids, init_weights
 from .positions import Rotary
@@ -92,7 +92,7 @@ def even_shares(
         raise ValueError(f'B={B} must be at least 1: a share for each row')
     return (torch.arange(1, B + 1) - torch.rand((), generator=generator)) / B
 
-# %% ../nbs/18_diffusion.ipynb #12889eea
+# %% ../nbs/18_diffusion.ipynb #fc4ddb43
 @dataclass(kw_only=True)
 class DiffusionConfig(BlockConfig):
     "The shape of a `DiffusionLM`; the mask is one more token, with the id `vocab_size`."
@@ -100,6 +100,8 @@ class DiffusionConfig(BlockConfig):
     block_size: int = 1024  # T, the longest text in tokens
     vocab_size: int = 50257  # V, number of different tokens, the mask not counted
     rope_base: float = 10000.0  # rotary positions: the slowest pair turns once in 2 pi rope_base
+    embed_norm: str = 'none'  # a norm right after the embedding: layer, plain, rms or none
+    smear: bool = False  # add learned shares of both neighbours to each embedding
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,13 +110,14 @@ class DiffusionConfig(BlockConfig):
                 raise ValueError(f'{name}={value} must be at least 1')
         if self.rope_base <= 0:
             raise ValueError(f'rope_base={self.rope_base} must be above 0')
+        make_norm(self.embed_norm, 1)
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(
                 f'n_embd={self.n_embd} with n_head={self.n_head} makes heads of an odd size: '
                 'rotary positions turn channels in pairs and need an even one'
             )
 
-# %% ../nbs/18_diffusion.ipynb #1aa3cf47
+# %% ../nbs/18_diffusion.ipynb #adca2c67
 class DiffusionLM(nn.Module):
     "Guesses every hidden token from both sides: `model(noisy, t, targets) -> (logits, loss)`."
 
@@ -128,11 +131,20 @@ class DiffusionLM(nn.Module):
         super().__init__()
         self.config, V, C = config, config.vocab_size, config.n_embd
         self.wte = nn.Embedding(V + 1, C)  # the last row is the mask's
+        self.smear = nn.Parameter(torch.zeros(2, C)) if config.smear else None
+        self.embed_norm = make_norm(config.embed_norm, C, config.bias, config.norm_eps)
         self.rotary = Rotary(C // config.n_head, config.block_size, config.rope_base)
         self.h = make_blocks(config, causal=False)
         self.ln_f = norm_of(config) if config.norm_first else nn.Identity()
         self.lm_head = nn.Linear(C, V, bias=False)
         init_weights(self, generator)
+
+    def embed(self, noisy: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        x = self.wte(noisy)
+        if self.smear is not None:
+            before, after = F.pad(x, (0, 0, 1, 0))[:, :-1], F.pad(x, (0, 0, 0, 1))[:, 1:]
+            x = x + self.smear[0] * before + self.smear[1] * after
+        return self.embed_norm(x)
 
     def forward(
         self,
@@ -148,7 +160,7 @@ class DiffusionLM(nn.Module):
                 f'noisy holds {low if low < 0 else high}, but vocab_size={V}: ids run from 0 to '
                 f'{V - 1}, and {V} is the mask'
             )
-        x = run_blocks(self.h, self.wte(noisy), rotary=self.rotary)  # (B, T) -> (B, T, C)
+        x = run_blocks(self.h, self.embed(noisy), rotary=self.rotary)  # (B, T) -> (B, T, C)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
