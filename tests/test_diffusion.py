@@ -162,6 +162,7 @@ def test_even_shares_have_one_in_each_interval(B, seed):
     t = even_shares(B, rng(seed))
     check_shares(t, B)
     assert torch.equal((t.double() * B - 1e-6).ceil().long(), torch.arange(1, B + 1))
+    assert not torch.equal(t, even_shares(B, rng(seed + 1)))
 
 
 @thorough
