@@ -329,14 +329,13 @@ def test_one_step_is_one_pass_and_the_mode_is_kept():
 
 
 def test_cold_and_confident_is_greedy():
-    "Temperature 0, one place a pass: the likeliest letter of the surest place."
+    "Temperature 0, one place a pass: the likeliest letter of the surest place, pass by pass."
     model, idx = small(), torch.full((1, T), V)
-    got = denoise(model, idx, T, order='confidence', temperature=0)
-    for _ in range(T):
+    for now in denoise_steps(model, idx.clone(), T, order='confidence', temperature=0):
         probs = model(idx)[0][0].softmax(-1).masked_fill((idx[0] != V)[:, None], -1)
         place, letter = divmod(probs.argmax().item(), V)
         idx[0, place] = letter
-    assert torch.equal(got, idx)
+        assert torch.equal(now, idx)
 
 
 # ---------------------------------------------------------------- bad input
