@@ -103,11 +103,14 @@ def restore_checkpoint(
 MODELS: dict[str, str] = {  # class -> its module in this package
     'BigramLanguageModel': 'bigram',
     'ExpertGPT': 'experts',
+    'FramePredictor': 'video',
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
+    'ViT': 'vision',
+    'VideoViT': 'video',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14
