@@ -65,6 +65,18 @@ def test_time_has_to_be_told(position):
     assert not torch.allclose(model(clips)[0], model(clips[:, [1, 0, 2, 3]])[0], atol=1e-5)
 
 
+def test_places_are_time_then_row_then_column():
+    "Tubelets of one slot share the vector of its time, whatever their row and column."
+    config = VideoConfig(**TINY | dict(n_frames=6), position='axes')
+    places = VideoViT(config, rng()).places
+    assert config.grid == (3, 2, 2) and [len(table.weight) for table in places.tables] == [3, 2, 2]
+    with torch.no_grad():
+        for table in places.tables[1:]:
+            table.weight.zero_()
+    by_slot = places().view(3, 4, 24)
+    assert torch.equal(by_slot, places.tables[0].weight[:, None].expand(3, 4, 24))
+
+
 def test_every_frame_counts():
     for cls in (VideoViT, FramePredictor):
         clips = some(1).requires_grad_()

@@ -216,7 +216,7 @@ def test_learns_and_one_seed_gives_one_run():
             return shifted(x[i], 1, generator), y[i]
 
         history = train(model, batch, TrainConfig(max_iters=60, dtype='float32', seed=seed))
-        assert sum(history.losses[-10:]) < 10 * history.losses[0] - 2
+        assert sum(history.losses[-10:]) < 10 * history.losses[0] - 0.5
         ends.append(history.losses)
     assert ends[0] == ends[1] != ends[2]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .vision import ViT, ViTConfig, check_images, patchify, unpatchify
 
-# %% ../nbs/14_vision_video.ipynb #fe4a3444
+# %% ../nbs/14_vision_video.ipynb #561cc467
 DIRECTIONS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
-
+# %% ../nbs/14_vision_video.ipynb #684a8cd6
 def moving_digits(
     images: Tensor,  # (N, ch, S, S) digits to draw from
     starts: Tensor,  # (M, 2) rows and columns to start at

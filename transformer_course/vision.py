@@ -57,10 +57,10 @@ def unpatchify(
     x = patches.reshape(-1, rows, cols, ch, p, p).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, ch, H, W)  # (B, ch, rows, p, cols, p) -> (B, ch, H, W)
 
-# %% ../nbs/14_vision.ipynb #23ea06ef
+# %% ../nbs/14_vision.ipynb #f6e07131
 POSITIONS = ('learned', 'axes', 'sinusoidal', 'none')
 
-
+# %% ../nbs/14_vision.ipynb #c255b350
 @dataclass(kw_only=True)
 class ViTConfig(BlockConfig):
     "The shape of a ViT; the defaults are ViT-Base/16 (Dosovitskiy 2020, arXiv 2010.11929)."
