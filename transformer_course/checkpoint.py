@@ -101,11 +101,14 @@ def restore_checkpoint(
 
 # %% ../nbs/support/checkpoint.ipynb #e5d04dfd
 MODELS: dict[str, str] = {  # class -> its module in this package
+    'BERT': 'bert',
+    'BERTClassifier': 'bert',
     'BigramLanguageModel': 'bigram',
     'ExpertGPT': 'experts',
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
+    'MaskedLM': 'bert',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
 }
