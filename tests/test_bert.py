@@ -184,7 +184,7 @@ def test_hidden_tokens_cannot_be_read():
 
 ROW = torch.tensor([[1, 5, 9, 2]])
 BAD = {
-    'holds 41': lambda: BERT(CONFIG)(ROW + 36),
+    'holds 45': lambda: BERT(CONFIG)(ROW + 36),
     'holds -1': lambda: BERT(CONFIG)(ROW - 2),
     'block_size=24': lambda: BERT(CONFIG)(ROW.repeat(1, 7)),
     'row without tokens': lambda: BERT(CONFIG)(torch.tensor([[1, 5], [0, 0]])),
