@@ -62,7 +62,7 @@ class BERTConfig(BlockConfig):
                 'rotary positions turn channels in pairs and need an even size'
             )
 
-# %% ../nbs/13_bert.ipynb #48649515
+# %% ../nbs/13_bert.ipynb #94aae39e
 def mask_tokens(
     idx: Tensor,  # (B, T) token ids
     config: BERTConfig,  # vocab_size and the special ids
@@ -78,8 +78,8 @@ def mask_tokens(
         raise ValueError(f'mask_prob={mask_prob} must be above 0 and at most 1')
     if min(random_prob, keep_prob) < 0 or random_prob + keep_prob > 1:
         raise ValueError(
-            f'random_prob={random_prob} and keep_prob={keep_prob} must be shares that leave '
-            'at most nothing for the mask: make their sum at most 1'
+            f'random_prob={random_prob} and keep_prob={keep_prob} must not be negative, and their '
+            'sum at most 1: what is left of the chosen tokens becomes mask_id'
         )
     ordinary, chance = (
         torch.ones_like(idx, dtype=torch.bool),
