@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tensors import restore_model
 
-# %% ../nbs/support/bert_weights.ipynb #70d516f4
+# %% ../nbs/support/bert_weights.ipynb #12a83faa
 BERT_NAMES = {  # Hugging Face's names -> ours, in this order
     'embeddings.word_embeddings.': 'wte.',
     'embeddings.position_embeddings.': 'wpe.',
@@ -31,7 +31,7 @@ HEADS = {
 }
 HEADS |= {'cls.predictions.bias': 'bias', 'classifier.': 'head.'}
 
-
+# %% ../nbs/support/bert_weights.ipynb #eff3ec43
 def load_bert_weights(
     model: nn.Module,  # a `BERT`, or a model with one as its `bert`; filled as a whole
     state_dict: dict[str, Tensor],  # as in Hugging Face's `BertModel`, `BertForMaskedLM`, ...
