@@ -24,6 +24,7 @@ from transformer_course.files import signed
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.int8 import load_int8
 
+BERT = dict(pad_id=0, mask_id=1, cls_id=2, sep_id=None)
 SHAPE = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 GPTS = [
     dict(),
@@ -38,11 +39,14 @@ def weights(seed=0, **kw):
 
 
 ARGUMENTS = dict(  # of the smallest model of each class
+    BERT=SHAPE | BERT,
+    BERTClassifier=SHAPE | BERT | dict(n_classes=3, pool='mean'),
     BigramLanguageModel=dict(vocab_size=5),
     ExpertGPT=SHAPE | dict(n_experts=3, top_k=2),
     GPT=SHAPE,
     InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
+    MaskedLM=SHAPE | BERT | dict(pooler=False),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
 )

@@ -102,12 +102,15 @@ def restore_checkpoint(
 
 # %% ../nbs/support/checkpoint.ipynb #e5d04dfd
 MODELS: dict[str, str] = {  # class -> its module in this package
+    'BERT': 'bert',
+    'BERTClassifier': 'bert',
     'BigramLanguageModel': 'bigram',
     'DecisionTransformer': 'decisions',
     'ExpertGPT': 'experts',
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
+    'MaskedLM': 'bert',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
     'SpeechTransformer': 'speech',
