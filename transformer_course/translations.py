@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'HELD_OUT', 'course_package', 'number_forms', 'number_pairs', 'date_forms', 'date_pairs',
-           'interface_strings', 'interface_pairs', 'pair_tokenizer', 'pair_tensors', 'pair_batches']
+           'interface_strings', 'interface_pairs', 'pair_tokenizer', 'pair_tensors', 'text_of', 'pair_batches']
 
-# %% ../nbs/support/translations.ipynb #9c405ed1
+# %% ../nbs/support/translations.ipynb #44d400ab
 import datetime
 import functools
 import io
 import random
+import re
 from collections.abc import Callable
 from importlib import import_module
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .bigram import IGNORE_INDEX
-from .data import CharTokenizer
 from .seq2seq import END, PAD
+from .tokenizer import BPETokenizer
 from .wheels import wheel_members
 
-# %% ../nbs/support/translations.ipynb #02a67a7d
-LANGUAGES = {'en': 'Ⓔ', 'de': 'Ⓓ', 'fr': 'Ⓕ', 'es': 'Ⓢ'}  # and the mark that asks for each
+# %% ../nbs/support/translations.ipynb #d7eaafd9
+LANGUAGES = {code: f'<2{code}>' for code in ('en', 'de', 'fr', 'es')}  # the mark that asks for each
 
 
 def course_package(
@@ -129,28 +130,39 @@ def interface_pairs(
                 pairs.append((LANGUAGES[language] + english, said))
     return pairs
 
-# %% ../nbs/support/translations.ipynb #32137333
+# %% ../nbs/support/translations.ipynb #0b5cd6ee
 def pair_tokenizer(
-    pairs: list[tuple[str, str]],  # (source, target), all that will ever be read or written
-) -> CharTokenizer:  # id 0 is PAD, written ␀, and 1 is END, written as a line end
-    "One token per character, with PAD and END in front."
-    used = {c for pair in pairs for text in pair for c in text}
-    if reserved := used & set('␀\n'):
-        raise ValueError(f'pairs hold {sorted(reserved)}, which stand for PAD and END: replace them')
-    return CharTokenizer('␀\n' + ''.join(sorted(used)))
+    pairs: list[tuple[str, str]],  # (source, target), those for training
+    vocab_size: int = 640,  # V, pieces in all; 256 are the single bytes, 4 the marks
+) -> BPETokenizer:  # its ids 0 and 1 are free
+    "Pieces of words for both sides (Sennrich 2016, arXiv 1508.07909); figures stay single."
+    texts = dict.fromkeys(text for pair in pairs for text in pair)  # each once, in order
+    words = re.sub(r'<2\w\w>|\d', ' ', ' '.join(texts))
+    return BPETokenizer.train(words, vocab_size, special_tokens=[*LANGUAGES.values()])
 
 
 def pair_tensors(
     pairs: list[tuple[str, str]],  # (source, target)
-    encode: Callable[[str], list[int]],  # a text to ids
+    tokenizer: BPETokenizer,  # see `pair_tokenizer`
 ) -> tuple[Tensor, Tensor]:  # sources (N, S) filled with PAD, targets (N, T) with IGNORE_INDEX
     "Pairs as two tensors; each target ends with END."
-    sources = [torch.tensor(encode(source)) for source, _ in pairs]
-    targets = [torch.tensor([*encode(target), END]) for _, target in pairs]
-    return (
-        pad_sequence(sources, batch_first=True, padding_value=PAD),
-        pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
-    )
+    encode = lambda text: tokenizer.encode(text, allowed_special='all')
+    sources = [encode(source) for source, _ in pairs]
+    targets = [[*encode(target), END] for _, target in pairs]
+    if any(i in (PAD, END) for row in (*sources, *(t[:-1] for t in targets)) for i in row):
+        raise ValueError('pairs hold the bytes 0 or 1, which stand for PAD and END: remove them')
+    padded = lambda rows, value: pad_sequence([*map(torch.tensor, rows)], True, value)
+    return padded(sources, PAD), padded(targets, IGNORE_INDEX)
+
+
+def text_of(
+    ids: Tensor,  # (T,) of a source or a target
+    tokenizer: BPETokenizer,  # that made them
+) -> str:
+    "The text up to its END or its filling."
+    ids = ids.tolist()
+    ends = [i for i, token in enumerate(ids) if token in (PAD, END, IGNORE_INDEX)]
+    return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
 # %% ../nbs/support/translations.ipynb #51f66fd3
 def pair_batches(
