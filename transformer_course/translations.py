@@ -164,18 +164,19 @@ def text_of(
     ends = [i for i, token in enumerate(ids) if token in (PAD, END, IGNORE_INDEX)]
     return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
-# %% ../nbs/support/translations.ipynb #51f66fd3
+# %% ../nbs/support/translations.ipynb #4c10434d
 def pair_batches(
     src: Tensor,  # (N, S), see `pair_tensors`
     targets: Tensor,  # (N, T)
     batch_size: int,  # B, rows in a batch
 ) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:  # the next batch, for `train`
-    "Random rows, no longer than the longest of them."
+    "Random rows of about one length, no wider than the longest of them."
+    S, T = (src != PAD).sum(1), (targets != IGNORE_INDEX).sum(1)  # (N,) lengths
 
     def draw(generator):
-        rows = torch.randint(len(src), (batch_size,), generator=generator)
-        x, y = src[rows], targets[rows]
-        S, T = (x != PAD).sum(1).max(), (y != IGNORE_INDEX).sum(1).max()
-        return x[:, :S], y[:, :T]
+        rows = torch.randint(len(src), (4, batch_size), generator=generator).flatten()
+        rows = rows[(S[rows] + T[rows]).argsort(stable=True)].view(4, batch_size)
+        rows = rows[torch.randint(4, (), generator=generator)]
+        return src[rows, : S[rows].max()], targets[rows, : T[rows].max()]
 
     return draw
