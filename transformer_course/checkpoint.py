@@ -108,6 +108,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'MLPLanguageModel': 'before',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
+    'Transformer': 'encoder_decoder',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14
