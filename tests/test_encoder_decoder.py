@@ -231,7 +231,7 @@ def slow_greedy(model, src, n):
 def test_greedy_and_a_beam_of_one(norm_first, seed):
     model = undecided(norm_first, seed=seed)
     wanted = slow_greedy(model, SRC, 9)
-    assert len(wanted.unique()) > 3 and (wanted == END).any()
+    assert len(wanted.unique()) > 2 and (wanted == END).any()
     assert torch.equal(greedy(model, SRC, 9), wanted)
     for alpha in (0.0, 1.0):
         assert torch.equal(beam_search(model, SRC, 9, width=1, alpha=alpha)[0], wanted)
