@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         smoothing = config.label_smoothing if self.training else 0.0
         return logits, smoothed_cross_entropy(logits, targets, smoothing)
 
-# %% ../nbs/12_encoder_decoder.ipynb #0204554c
+# %% ../nbs/12_encoder_decoder.ipynb #3fb39d52
 def check_room(
     model: Transformer,  # it has block_size places
     max_new_tokens: int,  # as many are asked for
@@ -181,7 +181,7 @@ def check_room(
     if not 1 <= max_new_tokens <= most:
         raise ValueError(f'max_new_tokens={max_new_tokens} must be from 1 to block_size={most}')
 
-
+# %% ../nbs/12_encoder_decoder.ipynb #6de8b3c8
 @torch.no_grad()
 def greedy(
     model: Transformer,  # trained, in evaluation mode
@@ -213,7 +213,7 @@ def keep_rows(
         for buffer in (layer.keys, layer.values):
             buffer.data = buffer.data[rows]
 
-# %% ../nbs/12_encoder_decoder.ipynb #b044e4de
+# %% ../nbs/12_encoder_decoder.ipynb #8949ed21
 def continuations(
     logits: Tensor,  # (B, K, V) of K beginnings of each text
     done: Tensor,  # (B, K) bool, True where END has been written
@@ -223,7 +223,7 @@ def continuations(
     after_end[END] = 0
     return torch.where(done[..., None], after_end, logits.log_softmax(-1))
 
-
+# %% ../nbs/12_encoder_decoder.ipynb #4fd550ee
 @torch.no_grad()
 def beam_search(
     model: Transformer,  # trained, in evaluation mode

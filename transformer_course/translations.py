@@ -130,7 +130,7 @@ def interface_pairs(
                 pairs.append((LANGUAGES[language] + english, said))
     return pairs
 
-# %% ../nbs/support/translations.ipynb #0b5cd6ee
+# %% ../nbs/support/translations.ipynb #c6a2e7e5
 def pair_tokenizer(
     pairs: list[tuple[str, str]],  # (source, target), those for training
     vocab_size: int = 640,  # V, pieces in all; 256 are the single bytes, 4 the marks
@@ -140,7 +140,7 @@ def pair_tokenizer(
     words = re.sub(r'<2\w\w>|\d', ' ', ' '.join(texts))
     return BPETokenizer.train(words, vocab_size, special_tokens=[*LANGUAGES.values()])
 
-
+# %% ../nbs/support/translations.ipynb #adee53aa
 def pair_tensors(
     pairs: list[tuple[str, str]],  # (source, target)
     tokenizer: BPETokenizer,  # see `pair_tokenizer`
@@ -154,7 +154,7 @@ def pair_tensors(
     padded = lambda rows, value: pad_sequence([*map(torch.tensor, rows)], True, value)
     return padded(sources, PAD), padded(targets, IGNORE_INDEX)
 
-
+# %% ../nbs/support/translations.ipynb #0dc86a67
 def text_of(
     ids: Tensor,  # (T,) of a source or a target
     tokenizer: BPETokenizer,  # that made them
