@@ -223,7 +223,7 @@ def continuations(
     after_end[END] = 0
     return torch.where(done[..., None], after_end, logits.log_softmax(-1))
 
-# %% ../nbs/12_encoder_decoder.ipynb #4fd550ee
+# %% ../nbs/12_encoder_decoder.ipynb #0be62ee9
 @torch.no_grad()
 def beam_search(
     model: Transformer,  # trained, in evaluation mode
@@ -249,7 +249,7 @@ def beam_search(
         lengths = (length + ~done).repeat_interleave(V, 1)
         best = (sums / lengths**alpha).topk(K).indices  # (B, K)
         total, length = sums.gather(1, best), lengths.gather(1, best)
-        done = done.gather(1, best // V) | (best % V == END)
+        done = best % V == END  # and so from then on: after END only END can follow
         rows = (first + best // V).flatten()
         tokens = torch.cat([tokens[rows], (best % V).view(-1, 1)], 1)
         keep_rows(cache, rows)
