@@ -49,6 +49,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     MaskedLM=SHAPE | BERT | dict(pooler=False),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
+    Transformer=dict(vocab_size=5, source_size=3, block_size=4, n_layer=1, n_head=2, n_embd=8),
 )
 
 
