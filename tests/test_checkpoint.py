@@ -38,18 +38,26 @@ def weights(seed=0, **kw):
     return GPT(GPTConfig(**(SHAPE | kw)), torch.Generator().manual_seed(seed))
 
 
+SMALL = dict(n_layer=1, n_head=2, n_embd=8)
+PICTURES = dict(image_size=4, patch_size=2, channels=1, n_class=3, n_frames=2, tube=1)
 ARGUMENTS = dict(  # of the smallest model of each class
     BERT=SHAPE | BERT,
     BERTClassifier=SHAPE | BERT | dict(n_classes=3, pool='mean'),
     BigramLanguageModel=dict(vocab_size=5),
+    DecisionTransformer=SMALL | dict(state_size=2, block_size=3, max_steps=9),
+    DiffusionLM=SHAPE,
     ExpertGPT=SHAPE | dict(n_experts=3, top_k=2),
+    FramePredictor=SMALL | PICTURES,
     GPT=SHAPE,
     InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
     MaskedLM=SHAPE | BERT | dict(pooler=False),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
+    SpeechTransformer=SMALL | dict(n_mels=4, n_frames=8, block_size=4, vocab_size=5),
     Transformer=dict(vocab_size=5, source_size=3, block_size=4, n_layer=1, n_head=2, n_embd=8),
+    ViT=SMALL | dict(image_size=4, patch_size=2, channels=1, n_class=3),
+    VideoViT=SMALL | PICTURES,
 )
 
 

@@ -106,7 +106,9 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'BERTClassifier': 'bert',
     'BigramLanguageModel': 'bigram',
     'DecisionTransformer': 'decisions',
+    'DiffusionLM': 'diffusion',
     'ExpertGPT': 'experts',
+    'FramePredictor': 'video',
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
@@ -114,6 +116,9 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
     'SpeechTransformer': 'speech',
+    'Transformer': 'encoder_decoder',
+    'ViT': 'vision',
+    'VideoViT': 'video',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14
