@@ -101,6 +101,7 @@ def restore_checkpoint(
 
 # %% ../nbs/support/checkpoint.ipynb #e5d04dfd
 MODELS: dict[str, str] = {  # class -> its module in this package
+    'AlignmentTransformer': 'alignments',
     'BigramLanguageModel': 'bigram',
     'ExpertGPT': 'experts',
     'GPT': 'gpt',
@@ -108,6 +109,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'MLPLanguageModel': 'before',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
+    'TokenSetTransformer': 'sets',
 }
 
 # %% ../nbs/support/checkpoint.ipynb #09dbdc14
