@@ -106,7 +106,7 @@ class AlignmentConfig(BlockConfig):
         if self.window is not None:
             raise ValueError(f'window={self.window} needs neighbours: columns here have none')
 
-# %% ../nbs/17_alphafold.ipynb #c9d9d248
+# %% ../nbs/17_alphafold.ipynb #5760a94b
 def fan_in(
     module: nn.Module,  # all its linear maps are drawn anew
     generator: torch.Generator | None = None,  # decides the random weights
@@ -116,7 +116,7 @@ def fan_in(
         if isinstance(m, nn.Linear):
             nn.init.normal_(m.weight, std=m.in_features**-0.5, generator=generator)
 
-
+# %% ../nbs/17_alphafold.ipynb #ca5c8128
 class PairUpdate(nn.Module):
     "The table of pairs, from rows and from itself (Jumper 2021, supplement, algorithms 10 to 15)."
 
@@ -155,7 +155,7 @@ class PairUpdate(nn.Module):
             pair = self.block(pair.flatten(0, 1)).unflatten(0, (B, L))  # along rows of the table
         return (pair + pair.transpose(1, 2)) / 2
 
-# %% ../nbs/17_alphafold.ipynb #5b037b83
+# %% ../nbs/17_alphafold.ipynb #6e343f0e
 def check_alignment(
     idx: Tensor,  # (B, R, L) letters
     n_letters: int,  # A; A itself stands for a hidden letter
@@ -173,7 +173,7 @@ def check_alignment(
             f'to {n_letters - 1}, and {n_letters} hides one'
         )
 
-
+# %% ../nbs/17_alphafold.ipynb #e14b693a
 class AlignmentTransformer(nn.Module):
     "Attention along rows and columns, and a table of pairs: `model(idx, targets, contacts)`."
 

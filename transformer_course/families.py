@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/support/families.ipynb #bbc486df
+# %% ../nbs/support/families.ipynb #1f7ac299
 @dataclass
 class Families:
     "Potts models, one for each family, and which columns they couple."
@@ -28,7 +28,7 @@ class Families:
         touch = F.one_hot(self.partner, L).amax(1).bool()  # (n, L, L)
         return touch & ~torch.eye(L, dtype=torch.bool)
 
-
+# %% ../nbs/support/families.ipynb #6c82e34f
 def chemistry(
     n_letters: int,  # A
 ) -> Tensor:  # (A, A) symmetric, standard deviation about 1
@@ -36,7 +36,7 @@ def chemistry(
     table = torch.randn(n_letters, n_letters, generator=torch.Generator().manual_seed(7))
     return (table + table.T) / 2**0.5
 
-
+# %% ../nbs/support/families.ipynb #295100a5
 def plant(
     n: int,  # families
     generator: torch.Generator,  # decides

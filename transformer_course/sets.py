@@ -28,7 +28,7 @@ FOCAL, PIXELS, PATCH, HORIZON = 80.0, 16, 4, 1.0  # of the camera, in pixels
 RETURNS = 5  # the radar sends at most so many
 HEIGHT, STOPPING = torch.tensor(list(VEHICLES.values())).T
 
-# %% ../nbs/17_sets.ipynb #c1f201a4
+# %% ../nbs/17_sets.ipynb #b93223a9
 def between(
     shape: int | tuple[int, ...],  # of the result
     low: float,  # the smallest
@@ -55,7 +55,7 @@ def draw_scenes(
         wet=torch.rand(n, generator=generator) < wet,
     )
 
-
+# %% ../nbs/17_sets.ipynb #b7ac368d
 def right_action(
     scene: dict[str, Tensor],  # see `draw_scenes`
 ) -> Tensor:  # (n,) an index of ACTIONS
