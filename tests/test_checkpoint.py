@@ -38,6 +38,7 @@ def weights(seed=0, **kw):
 
 
 ARGUMENTS = dict(  # of the smallest model of each class
+    AlignmentTransformer=dict(n_layer=1, n_head=2, n_embd=8, n_pair=4),
     BigramLanguageModel=dict(vocab_size=5),
     ExpertGPT=SHAPE | dict(n_experts=3, top_k=2),
     GPT=SHAPE,
@@ -45,6 +46,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
+    TokenSetTransformer=dict(n_layer=1, n_head=2, n_embd=8, kinds='dot:2 line:3'),
 )
 
 
