@@ -41,6 +41,7 @@ def weights(seed=0, **kw):
 SMALL = dict(n_layer=1, n_head=2, n_embd=8)
 PICTURES = dict(image_size=4, patch_size=2, channels=1, n_class=3, n_frames=2, tube=1)
 ARGUMENTS = dict(  # of the smallest model of each class
+    AlignmentTransformer=SMALL | dict(n_pair=4),
     BERT=SHAPE | BERT,
     BERTClassifier=SHAPE | BERT | dict(n_classes=3, pool='mean'),
     BigramLanguageModel=dict(vocab_size=5),
@@ -55,6 +56,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
     SpeechTransformer=SMALL | dict(n_mels=4, n_frames=8, block_size=4, vocab_size=5),
+    TokenSetTransformer=SMALL | dict(kinds='dot:2 line:3'),
     Transformer=dict(vocab_size=5, source_size=3, block_size=4, n_layer=1, n_head=2, n_embd=8),
     ViT=SMALL | dict(image_size=4, patch_size=2, channels=1, n_class=3),
     VideoViT=SMALL | PICTURES,

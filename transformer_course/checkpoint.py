@@ -102,6 +102,7 @@ def restore_checkpoint(
 
 # %% ../nbs/support/checkpoint.ipynb #e5d04dfd
 MODELS: dict[str, str] = {  # class -> its module in this package
+    'AlignmentTransformer': 'alignments',
     'BERT': 'bert',
     'BERTClassifier': 'bert',
     'BigramLanguageModel': 'bigram',
@@ -116,6 +117,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
     'SpeechTransformer': 'speech',
+    'TokenSetTransformer': 'sets',
     'Transformer': 'encoder_decoder',
     'ViT': 'vision',
     'VideoViT': 'video',
