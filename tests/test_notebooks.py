@@ -15,6 +15,8 @@ from conftest import ROOT
 from notebooks import ALL, every_chapter, every_notebook
 from times import stated
 
+from transformer_course.course.readings import bibliography, reading_line
+
 MACHINE_PATH = re.compile(
     r'/home/\w|/root\b|/Users/\w|/tmp/\w|/work/\w|/usr/lib/|site-packages|[A-Z]:\\\\?Users'
 )
@@ -230,3 +232,12 @@ def test_modules_come_from_notebooks():
     paths = [p for p in package.rglob('*.py') if p.stem not in ('__init__', '_modidx')]
     files = {'.'.join(p.relative_to(package).with_suffix('').parts) for p in paths}
     assert files == set(modules)
+
+
+def test_the_bibliography_is_what_the_chapters_name():
+    "A new paper in a chapter: `python tools/execute.py nbs/bibliography.ipynb`."
+    folder = ROOT / 'nbs'
+    cells = json.loads((folder / 'bibliography.ipynb').read_text(encoding='utf-8'))['cells']
+    (shown,) = [out['data']['text/markdown'] for c in cells for out in c.get('outputs', [])]
+    now = '\n'.join(reading_line(paper, folder) for paper in bibliography(folder))
+    assert ''.join(shown) == now and now.count('\n') > 100

@@ -69,6 +69,8 @@ def sidebar(nbs):
         lines += section(title, [name for n, name in found if first <= n <= last])
     names = [p.stem for p in (Path(nbs) / 'support').glob('[!._]*.ipynb')]
     names.sort(key=lambda n: (SUPPORT.index(n) if n in SUPPORT else len(SUPPORT), n))
+    if (Path(nbs) / 'bibliography.ipynb').exists():
+        lines += ['      - text: Bibliography', '        href: bibliography.ipynb']
     lines += section('Support', [f'support/{n}.ipynb' for n in names])
     return '\n'.join(lines) + '\n'
 

@@ -32,7 +32,7 @@ os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 
 def in_order():
     "All notebooks as they are best executed: chapters, support, and the pages made from records."
-    pages = ROOT / 'nbs' / 'index.ipynb', ROOT / 'nbs' / 'ledger.ipynb'
+    pages = [ROOT / 'nbs' / f'{name}.ipynb' for name in ('index', 'ledger', 'bibliography')]
     return sorted(notebook_paths(), key=lambda p: (p in pages, p.parent.name == 'support', p.name))
 
 
