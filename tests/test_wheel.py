@@ -79,6 +79,11 @@ print(transformer_course.__version__, importlib.metadata.version("transformer_co
     assert wheel.name.startswith(f'transformer_course-{version}-')
 
 
+def test_the_citation_is_of_this_version():
+    cited = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
+    assert f"\nversion: {settings()['version']}\n" in cited
+
+
 def test_every_module_imports_elsewhere(python, tmp_path):
     code = f'''
 import importlib, sys
