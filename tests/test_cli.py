@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from transformer_course.checkpoint import load_model
+from transformer_course.cli import parse
 from transformer_course.data import CharTokenizer
 from transformer_course.files import signed
 from transformer_course.prepare import prepare
@@ -506,3 +509,26 @@ def test_a_bit_that_turned_over_in_the_shards_is_not_learned(run):
     (run.folder / 'data/train/index.json').write_text(json.dumps(signed(index)))
     result = run(*args)
     assert one_line(result) and 'damaged' in result.stderr
+
+
+def commands_in(text):
+    "The lines of shell in a page that call the command, as words after its name."
+    for block in re.findall(r'```sh\n(.*?)```', text, re.S):
+        for line in re.split(r'\n|&&', block):
+            words = shlex.split(line, comments=True)
+            if 'transformer-course' in words and '...' not in words:
+                yield words[words.index('transformer-course') + 1 :]
+
+
+def test_the_commands_that_pages_show_can_be_typed():
+    pages = [ROOT / 'README.md', *(ROOT / 'nbs').rglob('*.ipynb')]
+    typed = []
+    for page in pages:
+        cells = [page.read_text(encoding='utf-8')]
+        if page.suffix == '.ipynb':
+            cells = [''.join(c['source']) for c in json.loads(cells[0])['cells']]
+        typed += [words for cell in cells for words in commands_in(cell)]
+    assert len(typed) >= 10
+    for words in typed:
+        command, flags = parse(words)
+        assert command in ('train', 'sample', 'info') and all(f != 'command' for f in flags)
