@@ -49,7 +49,7 @@ def _lay_out(
         weight += [n] * (len(piece) + 1)
     count, where = Counter(), defaultdict(list)
     for i, pair in enumerate(zip(ids, ids[1:])):
-        if min(pair) >= 0:
+        if pair[0] >= 0 <= pair[1]:
             count[pair] += weight[i]
             where[pair].append(i)
     return ids, weight, count, where
@@ -76,7 +76,7 @@ def learn_merges(
         for i in where.pop(pair):
             if ids[i] != a or ids[after[i]] != b:
                 continue  # another merge took one of the two
-            born |= _join(i, new, ids, weight[i], before, after, count, where)
+            _join(i, new, ids, weight[i], before, after, count, where, born)
         del count[pair]
         for p in born:
             if count[p]:
@@ -84,24 +84,25 @@ def learn_merges(
     return merges
 
 # %% ../nbs/08_tokenizer.ipynb #775f70e9
-def _join(i, new, ids, w, before, after, count, where) -> set:  # the pairs that this made
-    "Write `new` at place i for the tokens at i and after[i], and mend the counts around them."
+def _swap(old, now, place, w, count, where, born) -> None:
+    "Where the pair `old` stood, there is now another."
+    count[old] -= w
+    count[now] += w
+    where[now].append(place)
+    born.add(now)
+
+
+def _join(i, new, ids, w, before, after, count, where, born) -> None:
+    """Write `new` at place i for the tokens at i and after[i], and mend the counts around them.
+
+    The pairs that this makes are added to `born`."""
     a, j = ids[i], after[i]
     b, h, k = ids[j], before[i], after[j]  # the row h a b k becomes h new k
     ids[i], ids[j], after[i], before[k] = new, -1, k, i
-    born = set()
-
-    def replace(old, now, place):
-        count[old] -= w
-        count[now] += w
-        where[now].append(place)
-        born.add(now)
-
-    if ids[h] >= 0:  # else the piece begins with a
-        replace((ids[h], a), (ids[h], new), h)
-    if ids[k] >= 0:  # else the piece ends with b
-        replace((b, ids[k]), (new, ids[k]), i)
-    return born
+    if (c := ids[h]) >= 0:  # else the piece begins with a
+        _swap((c, a), (c, new), h, w, count, where, born)
+    if (c := ids[k]) >= 0:  # else the piece ends with b
+        _swap((b, c), (new, c), i, w, count, where, born)
 
 # %% ../nbs/08_tokenizer.ipynb #a42dfb06
 def merge_bytes(
