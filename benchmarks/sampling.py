@@ -151,7 +151,8 @@ def summary(rows):
     "Median, spread and every round of each contestant."
     return {
         peer: dict(
-            median=dict(tokens_per_second=statistics.median(speeds), spread=spread(speeds)),
+            median=dict(tokens_per_second=statistics.median(speeds)),
+            spread=spread(speeds),
             runs=[dict(tokens_per_second=speed) for speed in speeds],
         )
         for peer, speeds in rows.items()
@@ -196,8 +197,8 @@ def main():
         rows, reads = measure(contestants, n, least, most)
         table[name] = summary(rows)
         for peer, row in table[name].items():
-            m = row['median']
-            said = f"{m['tokens_per_second']:9.1f} tokens per second, spread {m['spread']:.1%}"
+            speed = row['median']['tokens_per_second']
+            said = f"{speed:9.1f} tokens per second, spread {row['spread']:.1%}"
             print(f'{name:6} {peer:22} {said}')
         if name == 'gpt2':
             more = bound(rows, reads)

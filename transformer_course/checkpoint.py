@@ -26,6 +26,8 @@ from transformer_course.manifest import (
     verified_checkpoint,
 )
 from .settings import config_from_dict
+
+# %% ../nbs/support/checkpoint.ipynb #5ba9e0a1
 from transformer_course.tensors import (
     TensorFile,
     check_shapes,
