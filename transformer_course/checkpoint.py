@@ -106,6 +106,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'GPT': 'gpt',
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
+    'NeuralGPU': 'experiments.neural_gpu',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
 }
