@@ -164,7 +164,7 @@ class ConvGRU(nn.Module):
         new = hard_value(self.value(r * s))
         return u * s + (1 - u) * self.drop(new)
 
-# %% ../../nbs/22_neural_gpu.ipynb #b8bada86
+# %% ../../nbs/22_neural_gpu.ipynb #ce276f2f
 def pair_ids(
     pairs: Tensor,  # (B, n, 2) the columns of two numbers, lowest bit first
 ) -> Tensor:  # (B, n+1) from 1 to 4, and 0 at the empty last place
@@ -174,7 +174,7 @@ def pair_ids(
 
 
 class NeuralGPU(nn.Module):
-    "One convolutional cell, applied again and again (Kaiser 2015): `(pairs, targets) -> loss`."
+    "One convolutional cell applied again and again to a tape (Kaiser 2015, arXiv 1511.08228)."
 
     config_class = NeuralGPUConfig
 
@@ -197,8 +197,8 @@ class NeuralGPU(nn.Module):
         self, pairs, targets=None, *, steps=None
     ):  # pairs (B, n, 2), targets (B, n+1) -> logits (B, n+1, 2), and the loss or None
         s = self.embed(pair_ids(pairs)).tanh().mT  # (B, n+1) -> (B, C, n+1)
-        steps = s.shape[2] if steps is None and self.config.steps is None else steps
-        steps = self.config.steps if steps is None else steps
+        if steps is None:
+            steps = self.config.steps or s.shape[2]
         if steps < 1:
             raise ValueError(f'steps={steps} must be at least 1')
         if targets is not None and targets.shape != (s.shape[0], s.shape[2]):
