@@ -43,6 +43,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     GPT=SHAPE,
     InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
+    NeuralGPU=dict(channels=4, steps=3),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
 )
