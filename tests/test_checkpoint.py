@@ -53,6 +53,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
     MaskedLM=SHAPE | BERT | dict(pooler=False),
+    NeuralGPU=dict(channels=4, steps=3),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),
     SpeechTransformer=SMALL | dict(n_mels=4, n_frames=8, block_size=4, vocab_size=5),
