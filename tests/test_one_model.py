@@ -56,6 +56,8 @@ def test_bad_ids_are_named():
         vocab.encode('grey', [1.0])
     with pytest.raises(ValueError, match=r"ids holds a 'char', but 'grey' is 10 to 13"):
         vocab.decode('grey', torch.tensor([10, 9]))
+    with pytest.raises(ValueError, match=r"ids holds a 'grey', but 'char' is 3 to 9"):
+        vocab.decode('char', torch.tensor([9, 10]))
     with pytest.raises(ValueError, match=r"name='blue' has no range: take one of \['kind'"):
         vocab.encode('blue', 0)
     for i in (-1, 14):
