@@ -186,6 +186,8 @@ BAD = [
     ([*MY, '--n_layer', 'many'], ['--n_layer', 'whole number']),
     ([*MY, '--n_layr', '2'], ['--n_layr', 'did you mean --n_layer']),
     ([*MY, '--n-layr=2'], ['--n-layr', 'did you mean --n_layer']),
+    ([*MY, '--lr', '1e-3'], ['--lr', 'did you mean --learning_rate']),
+    ([*MY, '--epochs=3'], ['--epochs', 'did you mean --max_iters']),
     ([*MY, 'stray'], ['stray', '--help']),
     ([*MY, '--position', 'gps'], ["position='gps'", 'rotary']),
     ([*MY, '--max_iters', '0'], ['max_iters=0', 'at least 1']),
