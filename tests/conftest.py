@@ -27,6 +27,20 @@ def missing(what):
     pytest.skip(what)
 
 
+def typed(words, capsys):
+    "Exit status, output and errors of a command line, in this process; never a traceback."
+    from transformer_course import cli
+
+    capsys.readouterr()
+    try:
+        code = cli.main(words)
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert 'Traceback' not in said.err
+    return code, said.out, said.err
+
+
 @pytest.fixture(autouse=True)
 def same_luck_every_time():
     "Peers' models draw their weights from torch's global generator."

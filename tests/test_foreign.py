@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import typed
 
 from transformer_course import cli
 from transformer_course.fetching import SourceError
@@ -71,28 +72,16 @@ REFUSED = dict(  # the bytes, and what the line must name
 )
 
 
-def said_by(words, capsys):
-    "Exit status, output and errors of a command line."
-    capsys.readouterr()
-    try:
-        code = cli.main(words)
-    except SystemExit as e:
-        code = e.code
-    said = capsys.readouterr()
-    assert 'Traceback' not in said.err
-    return code, said.out, said.err
-
-
 @pytest.mark.parametrize('name', GOOD)
 def test_train_and_the_recommended_command(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     Path('t.txt').write_bytes(GOOD[name]())
-    code, out, err = said_by(['train', '--text', 't.txt', *TINY.split()], capsys)
+    code, out, err = typed(['train', '--text', 't.txt', *TINY.split()], capsys)
     assert code == 0, err
     (more,) = [line for line in out.splitlines() if line.startswith('more ')]
     command = shlex.split(more.removeprefix('more '))
     assert command[:2] == ['transformer-course', 'sample']
-    code, out, err = said_by([*command[1:], '--max_new_tokens', '20', '--seed', '3'], capsys)
+    code, out, err = typed([*command[1:], '--max_new_tokens', '20', '--seed', '3'], capsys)
     assert code == 0 and len(out.strip('\n')) > 10 and '\ufffd' not in out, err
 
 
@@ -101,5 +90,5 @@ def test_what_is_not_utf8_is_named(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     data, word = REFUSED[name]
     Path('t.txt').write_bytes(data())
-    code, _, err = said_by(['train', '--text', 't.txt', *TINY.split()], capsys)
+    code, _, err = typed(['train', '--text', 't.txt', *TINY.split()], capsys)
     assert code == 2 and err.count('\n') == 1 and word in err.lower(), err

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import typed
 from torch import nn
 
 from transformer_course import cli, train_command
@@ -52,14 +53,7 @@ def no_run(monkeypatch, tmp_path):
 
 def status(words, capsys):
     "The exit status of a command line; an error must be one line."
-    try:
-        code = cli.main([str(w) for w in words])
-    except SystemExit as e:
-        code = e.code
-    said = capsys.readouterr().err
-    assert code in (0, 2) and 'Traceback' not in said
-    assert code == 0 or said.count('\n') == 1, said
-    return code
+    return outcome_of([str(w) for w in words], capsys)[0]
 
 
 def test_config_files(no_run, capsys):
@@ -181,15 +175,9 @@ TINY += ' --optimizer adamw --device cpu --sample_tokens 1'
 
 def outcome_of(words, capsys):
     "What a command leaves behind: its exit status and, where that is 0, what it printed."
-    capsys.readouterr()
-    try:
-        code = cli.main(words)
-    except SystemExit as e:
-        code = e.code
-    said = capsys.readouterr()
-    assert code in (0, 2) and 'Traceback' not in said.err
-    assert code == 0 or said.err.count('\n') == 1, said.err
-    return code, said.out if code == 0 else None
+    code, out, err = typed(words, capsys)
+    assert code in (0, 2) and (code == 0 or err.count('\n') == 1), err
+    return code, out if code == 0 else None
 
 
 def test_flipped_bits_in_a_run(tmp_path, capsys, monkeypatch):

@@ -809,20 +809,22 @@ def test_wrong_settings_are_named(wrong):
 # --- kills ---
 
 
+def in_benchmarks(code):
+    "What code prints that runs beside the benchmarks."
+    command = [sys.executable, '-c', code]
+    how = dict(capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT / 'benchmarks', **how)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_kill_before_and_after_each_file_and_each_rename():
     code = (
         "import json, kills; only = {'rename', 'replace', 'save_file', 'write_text'}; "
         'print(json.dumps(kills.kills_at_every_point(updates=4, only=only)))'
     )
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=ROOT / 'benchmarks',
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = in_benchmarks(code)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found['points'] >= 30 and {'rename', 'save_file'} <= set(found['steps'])
     assert {
@@ -848,14 +850,7 @@ def test_the_recorded_kills_did_no_harm():
 def test_signals_in_one_process_and_in_two():
     "Whatever the signal: nothing damaged, nothing lost, nobody left behind."
     code = 'import json, signals; print(json.dumps(signals.random_signals(14, seed=3)))'
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=ROOT / 'benchmarks',
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = in_benchmarks(code)
     check_signals(json.loads(done.stdout.splitlines()[-1]), least=14)
 
 

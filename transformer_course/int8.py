@@ -63,8 +63,7 @@ class Int8Linear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor
-        | tuple[Tensor, Tensor],  # (O, I) floats; or what `quantize_rows` made of them
+        weight: Tensor | tuple[Tensor, Tensor],  # (O, I) floats, or `quantize_rows` of them
         bias: Tensor | None = None,  # (O,)
         kernel: bool = True,  # multiply in bytes where the device can
     ):

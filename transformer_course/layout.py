@@ -6,7 +6,6 @@
 __all__ = ['by_columns']
 
 # %% ../nbs/support/layout.ipynb #4651de50
-import torch
 from torch import nn
 
 # %% ../nbs/support/layout.ipynb #e0079d8b

@@ -115,7 +115,7 @@ def read_saved(
         saved = json.loads(Path(path).read_text(encoding='utf-8'))
         if saved['kind'] != kind:
             raise ValueError(f"its kind is {saved['kind']!r}")
-        if saved.get('check', signature(saved)) != signature(saved):
+        if 'check' in saved and saved['check'] != signature(saved):
             raise ValueError('it was changed: its checksum is wrong')
         return build(saved)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
