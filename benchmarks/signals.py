@@ -43,6 +43,8 @@ COUNTED += ['log_lines_wrong']
 
 def train_one(folder):
     "One life of a run, in one process or as one of two; asked to stop, it saves and says so."
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # after the last update there is nothing to stop
     ids = torch.randint(20, (2000,), generator=torch.Generator().manual_seed(0))
     place = folder / 'checkpoint'
     resume = state(place) is not None
