@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from transformer_course import cli, train_command
 from transformer_course.checkpoint import load_model
 from transformer_course.cli import parse
 from transformer_course.data import CharTokenizer
@@ -493,6 +494,17 @@ def test_a_long_text_is_scored_in_part_and_at_the_end_as_a_whole(run):
     result = run(*MY, *SMALL, '--max_iters', 2, '--eval_tokens', 100)
     assert 'to validate on (while training, the first 100)' in result.stdout
     assert re.search(r'whole   val loss \d\.\d+ nats per character over all of it', result.stdout)
+
+
+def test_a_very_long_text_is_scored_at_the_end_from_all_over(monkeypatch, tmp_path, capsys):
+    (tmp_path / 'long.txt').write_text(TEXT * 30)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command, 'END_TOKENS', 64)
+    words = ['train', '--text', 'long.txt', *map(str, SMALL), '--max_iters', '1']
+    assert cli.main([*words, '--eval_tokens', '16']) == 0
+    said = re.search(r'whole .* over ([\d,]+) of ([\d,]+), from all over', capsys.readouterr().out)
+    scored, total = (int(word.replace(',', '')) for word in said.groups())
+    assert 16 <= scored <= 64 < total
 
 
 def test_a_bit_that_turned_over_in_the_shards_is_not_learned(run):

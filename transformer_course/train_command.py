@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 # %% ../nbs/support/train_command.ipynb #7bfe62bf
 from . import logs
-from .corpus import Corpus, DataConfig, load_corpus, validate, validate_whole
+from transformer_course.corpus import (
+    END_TOKENS,
+    Corpus,
+    DataConfig,
+    load_corpus,
+    validate,
+    validate_whole,
+)
 from .data import CharTokenizer
 from .figures import save_png
 from .files import only_one
@@ -185,9 +192,12 @@ def train_together(values: dict, resume: bool, run: RunConfig, parallel: SingleP
             stop=stop,
         )
     if corpus.whole_val is not None:
-        loss = validate_whole(model, corpus.whole_val, parallel)
+        most = max(data.scored, END_TOKENS)
+        loss, scored = validate_whole(model, corpus.whole_val, parallel, at_most=most)
+        total = len(corpus.whole_val)
+        how_much = 'all of it' if total <= most else f'{scored:,} of {total:,}, from all over'
         if first:
-            print(f'whole   val loss {loss:.4f} nats per {corpus.unit} over all of it')
+            print(f'whole   val loss {loss:.4f} nats per {corpus.unit} over {how_much}')
     if first:
         print(f'wrote   {run.checkpoint} and {Path(run.out_dir) / "loss.png"}')
         print(f'more    transformer-course sample{run.flag}')
