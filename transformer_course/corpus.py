@@ -35,9 +35,7 @@ class DataConfig:
 
     text: str | None = None  # your own UTF-8 text file; default: Tiny Shakespeare
     data: str | None = None  # a folder of token shards that `prepare` wrote, instead of a text
-    eval_tokens: int | None = (
-        None  # score so many validation tokens at most; default: 131072 of a text
-    )
+    eval_tokens: int | None = None  # validation tokens that are scored while training, at most
     val_fraction: float = 0.1  # the last share of the text, held out for validation
 
     def __post_init__(self):
