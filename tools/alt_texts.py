@@ -137,7 +137,7 @@ class Reader:
         if not self.kinds or not said:
             return ''
         text = KINDS[min(self.kinds, key=list(KINDS).index)]
-        axes = [said[key] for key in ('ylabel', 'xlabel') if key in said]
+        axes = [' and '.join(self.said[key][:3]) for key in ('ylabel', 'xlabel') if key in said]
         text += f' of {" against ".join(axes)}' if axes else ''
         if 'title' in said:
             text += f' (“{said["title"]}”)'

@@ -225,7 +225,7 @@ def split_rows(out, text, claims, ledger):
     return made
 
 
-# ---------------------------------------------------------------- API entries, and the links
+# ---------------------------------------------------------------- API entries, and figures
 
 
 def unlisted(nb):
@@ -236,35 +236,27 @@ def unlisted(nb):
             if 'show_doc(' in source(cell) and 'text/markdown' in data:
                 text = ''.join(data['text/markdown'])
                 mark = r'\1 {.unlisted .unnumbered .api}'
-                data['text/markdown'] = re.sub(r'^(#{2,5} [^{\n]+)$', mark, text, count=1, flags=re.M)
+                data['text/markdown'] = re.sub(
+                    r'^(#{2,5} [^{\n]+)$', mark, text, count=1, flags=re.M
+                )
 
 
-def addresses(path, title):
-    "Where a notebook can be run, read and changed, as {text: (icon, address)}: from settings.ini."
-    known = settings()
-    git, branch, repo = known['git_url'], known['branch'], f'{known["user"]}/{known["repo"]}'
-    colab = f'https://colab.research.google.com/github/{repo}/blob/{COLAB_BRANCH}/{path}'
-    about = re.sub(r'\W+', '+', title).strip('+')
-    return {
-        'Open in Colab': ('play-circle', colab),
-        'Download': ('download', f'/notebooks/{path.removeprefix("nbs/")}'),
-        'GitHub': ('github', f'{git}/blob/{branch}/{path}'),
-        'Edit': ('pencil', f'{git}/edit/{branch}/{path}'),
-        'Report a problem': ('chat-right', f'{git}/issues/new?title={about}:+'),
-    }
+PHOTOS = {'imshow', 'matshow', 'plot_matrix', 'plot_attention', 'plot_bigram', 'plot_pictures'}
 
 
-COLAB_BRANCH = 'colab'  # the deployment writes it: copies that install the course where it is missing
+def on_dark(cells):
+    """Mark the cells whose figures are ink on paper: a dark page shows them light on dark.
 
-
-def links_row(path, title):
-    "The row under a page's title."
-    parts = []
-    for text, (icon, address) in addresses(path, title).items():
-        more = ' download' if text == 'Download' else ''
-        mark = f'<i class="bi bi-{icon}" aria-hidden="true"></i>'
-        parts.append(f'<li><a href="{address}"{more}>{mark} {text}</a></li>')
-    return f'<ul class="notebook-links" aria-label="This notebook">{"".join(parts)}</ul>'
+    Not pictures and heat maps: the text says which of their colours means what.
+    """
+    out = []
+    for cell in cells:
+        plain = not any(re.search(rf'\b{name}\b', source(cell)) for name in PHOTOS)
+        if drawn(cell) and plain:
+            out += [markdown('<div class="ink">'), cell, markdown('</div>')]
+        else:
+            out.append(cell)
+    return out
 
 
 def for_readers(nb, claims, ledger):
@@ -272,16 +264,36 @@ def for_readers(nb, claims, ledger):
     unlisted(nb)
     measured_rows(nb, claims, ledger)
     fold_drawing(nb['cells'])
-    nb['cells'] = folds(nb['cells'])
+    nb['cells'] = on_dark(folds(nb['cells']))
 
 
 # ---------------------------------------------------------------- copies to run elsewhere
 
 
+def addresses(path, title):
+    "Where a notebook can be run, read and changed, as {text: (icon, address)}: from settings.ini."
+    known = settings()
+    git, branch, repo = known['git_url'], known['branch'], f'{known["user"]}/{known["repo"]}'
+    about = re.sub(r'\W+', '+', title).strip('+')
+    colab = 'https://colab.research.google.com/github'
+    return {
+        'Open in Colab': ('play-circle', f'{colab}/{repo}/blob/{COLAB_BRANCH}/{path}'),
+        'Download': ('download', f'notebooks/{path.removeprefix("nbs/")}'),
+        'GitHub': ('github', f'{git}/blob/{branch}/{path}'),
+        'Edit': ('pencil', f'{git}/edit/{branch}/{path}'),
+        'Report a problem': ('chat-right', f'{git}/issues/new?title={about}:+'),
+    }
+
+
+COLAB_BRANCH = 'colab'  # written by the deployment: copies that install the course where needed
+
+
 def install_cell():
     "A cell that installs the course where it is missing, and does nothing where it is not."
     known = settings()
-    extra = [r for r in known['course_requirements'].split() if not r.startswith(('jupyter', 'ipyk'))]
+    extra = [
+        r for r in known['course_requirements'].split() if not r.startswith(('jupyter', 'ipyk'))
+    ]
     course = f'{known["lib_name"]} @ git+{known["git_url"]}@{known["branch"]}'
     wanted = ' '.join(f'"{what}"' for what in (course, *extra))
     text = '\n'.join(
