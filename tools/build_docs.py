@@ -29,6 +29,8 @@ import page_frames
 import site_search
 from alt_texts import alt_texts
 from cells import ROOT, notebook_paths
+from chapter_order import chapters
+from prose_links import chapter_names, prose_links
 
 sys.path.insert(0, str(ROOT))
 from transformer_course.course.ledger import CLAIMS
@@ -50,12 +52,6 @@ SUPPORT += [
     'pages',
     'long_runs',
 ]  # in this order; then the others, by name
-
-
-def chapters(nbs):
-    "The chapters in folder `nbs`, as (number, file name): in order, several may share a number."
-    names = sorted(p.name for p in Path(nbs).glob('[0-9][0-9]_*.ipynb'))
-    return [(int(name[:2]), name) for name in names]
 
 
 def section(title, files):
@@ -120,7 +116,7 @@ def links_out(nb, folder, blob):
 
 def rename(proc, host, blob):
     "Give the processed notebooks the names that their pages have; links to this site become local."
-    names, claims = {}, {claim.id for claim in CLAIMS}
+    names, claims, numbered = {}, {claim.id for claim in CLAIMS}, chapter_names()
     for path in sorted(proc.rglob('*.ipynb')):
         text = path.read_text(encoding='utf-8')
         out = re.search(r'output-file: ([\w.-]+)\.html', text)
@@ -129,6 +125,7 @@ def rename(proc, host, blob):
         compact(nb)
         links_out(nb, folder, blob)
         alt_texts(nb)
+        prose_links(nb, path.relative_to(proc), numbered)
         page_cells.for_readers(nb, claims, '../ledger.html' if folder.parts else 'ledger.html')
         new = path.with_name((out[1] if out else path.stem) + '.ipynb')
         names[path.name] = new.name

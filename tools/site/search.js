@@ -87,7 +87,8 @@
       const best = [...pages.values()].map((found) => {
         found.sort((a, b) => b.score - a.score);
         const opening = found.find(({ e }) => e.opening);
-        return { found: found.slice(0, 2), score: found[0].score + 0.5 * (opening ? opening.score : 0) };
+        const told = found.slice(0, 2).filter(({ score }) => score > 0.2 * found[0].score);
+        return { found: told, score: found[0].score + 0.5 * (opening ? opening.score : 0) };
       });
       return best.sort((a, b) => b.score - a.score).flatMap(({ found }) => found).slice(0, limit);
     }
