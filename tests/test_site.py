@@ -333,7 +333,7 @@ def test_accessibility(page, address):
         page.evaluate(axe.read_text(encoding='utf-8'))
         for width, colours in ((1440, 'light'), (390, 'light'), (390, 'dark'), (1440, 'dark')):
             page.set_viewport_size({'width': width, 'height': 900})
-            page.emulate_media(color_scheme=colours)
+            page.emulate_media(color_scheme=colours, reduced_motion='reduce')
             dark = 'document.documentElement.classList.contains("quarto-dark")'
             page.wait_for_function(f'{dark} === {str(colours == "dark").lower()}')
             found = page.evaluate(AXE)

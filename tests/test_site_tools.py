@@ -148,7 +148,7 @@ def test_figures_have_no_blank_strips(path):
         for out in cell.get('outputs', []):
             if 'image/png' in out.get('data', {}):
                 share = blank_share(base64.b64decode(''.join(out['data']['image/png'])))
-                assert share < 0.2, f'{share:.0%} blank: {cell["source"][:80]!r}'
+                assert share <= 0.25, f'{share:.0%} blank: {cell["source"][:80]!r}'
 
 
 def test_prose_is_linked():

@@ -81,12 +81,23 @@ def contents(text):
     return text.replace(TITLE_ENDS, TITLE_ENDS + fold, 1)
 
 
+def wrapped(text):
+    "Output that is prose, a message for example, may be wrapped; columns may not."
+    printed = re.compile(r'(<div class="cell-output[^"]*">\n)<pre>(<code>.*?</code></pre>)', re.S)
+    columns = re.compile(r'\S {2,}\S')
+
+    def mark(m):
+        return m[0] if columns.search(m[2]) else f'{m[1]}<pre class="prose">{m[2]}'
+
+    return printed.sub(mark, text)
+
+
 def framed(text, path, up):
     "The page of the notebook at `path`, with what surrounds its text."
     for old, new in NAMED:
         text = text.replace(old, new)
     title = re.sub(r'<[^>]+>', '', re.search(r'<h1[^>]*>(.*?)</h1>', text, re.S)[1])
-    text = contents(text)
+    text = contents(wrapped(text))
     text = text.replace(TITLE_ENDS, TITLE_ENDS + links_row(path, title, up), 1)
     script = f'<script src="{up}site_libs/reader.js" defer></script>'
     return text.replace('</body>', f'{script}</body>')
