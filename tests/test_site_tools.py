@@ -218,3 +218,23 @@ def test_copies_are_the_notebooks_and_one_cell(path):
     first, install, *others = copy['cells']
     assert [first, *others] == nb['cells'] and install['cell_type'] == 'code'
     assert install['metadata']['jupyter'] == {'source_hidden': True} and len(nb['cells']) > 1
+
+
+def test_a_picture_is_shown_at_its_size_and_stored_small():
+    "Twice the dots, the same size; a palette where that is smaller."
+    import matplotlib
+    from execute import smaller
+    from page_frames import size_of
+
+    matplotlib.use('agg')
+    from transformer_course.figures import figure
+
+    fig, ax = figure(width=4, height=2)
+    ax.plot([1, 2, 3])
+    made = io.BytesIO()
+    fig.savefig(made, dpi=220)
+    png = base64.b64encode(made.getvalue()).decode()
+    packed = base64.b64decode(smaller(png))
+    assert len(packed) < 0.8 * len(made.getvalue()) and packed[25] == 3  # 3: it has a palette
+    assert size_of(packed[:1500]) == size_of(made.getvalue()) == (440, 220)
+    assert smaller(base64.b64encode(packed).decode()).strip() == base64.b64encode(packed).decode()

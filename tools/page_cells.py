@@ -36,6 +36,13 @@ def only_imports(cell):
     return bool(body) and all(isinstance(node, IMPORTS) for node in body)
 
 
+def opens_claims(cell):
+    "True for a cell that opens the chapter's list of claims."
+    made = [node.value for node in statements(cell) if isinstance(node, ast.Assign)]
+    calls = [node.func for node in made if isinstance(node, ast.Call)]
+    return any(getattr(function, 'id', '') == 'Claims' for function in calls)
+
+
 def drawn(cell):
     "How many pictures a cell shows."
     return sum(bool(set(DRAWN) & set(out.get('data', {}))) for out in cell.get('outputs', []))
@@ -50,13 +57,13 @@ def open_imports(nb):
     A reader who copies code needs them; `#| export` and `#| hide` keep them off the page. Cells
     between the title and the opening words, such as the list of claims, follow the words.
     """
-    cells = nb['cells']
+    cells, previous = nb['cells'], False
     for cell in cells:
-        if only_imports(cell) and directives(source(cell)).keys() & {'export', 'hide'}:
-            text = re.sub(r'^#\| *(export|hide) *\n', '', source(cell), flags=re.M)
-            cell['source'] = f'#| course-fold: {SETUP}\n{text}'
-        elif only_imports(cell):
-            cell['source'] = f'#| course-fold: {SETUP}\n{source(cell)}'
+        setup = only_imports(cell) or (previous and opens_claims(cell))
+        if setup:
+            hidden = re.compile(r'^#\| *(export|hide) *\n', re.M)
+            cell['source'] = f'#| course-fold: {SETUP}\n{hidden.sub("", source(cell))}'
+        previous = setup
     words = next((i for i, c in enumerate(cells[1:], 1) if c['cell_type'] == 'markdown'), 0)
     early = [c for c in cells[1:words] if 'default_exp' not in directives(source(c))]
     for cell in early:

@@ -3,8 +3,10 @@
 smalldocs writes the pages; this goes over them once they are there.
 """
 
+import base64
 import re
 import shutil
+import struct
 from pathlib import Path
 
 from cells import ROOT, notebook_paths
@@ -92,12 +94,43 @@ def wrapped(text):
     return printed.sub(mark, text)
 
 
+DOTS = 110  # per inch, as a page shows them; transformer_course.figures stores twice as many
+
+
+def size_of(png):
+    "Width and height at which a page shows a picture, from its first bytes; None if not a PNG."
+    if png[12:16] != b'IHDR':
+        return None
+    width, height = struct.unpack('>II', png[16:24])
+    at = png.find(b'pHYs')
+    per_metre = struct.unpack('>I', png[at + 4 : at + 8])[0] if at > 0 else 0
+    scale = DOTS / (per_metre * 0.0254) if per_metre else 1
+    return round(width * scale), round(height * scale)
+
+
+def sized(text):
+    "Say how large each figure is, so that nothing moves while a page loads."
+
+    def size(m):
+        found = size_of(base64.b64decode(m[1][:2000]))
+        return f'{m[0]} width="{found[0]}" height="{found[1]}"' if found else m[0]
+
+    return re.sub(r'src="data:image/png;base64,([^"]+)"', size, text)
+
+
+def flags_whole(text):
+    "In a command that is wrapped no flag is broken at its hyphens."
+    command = re.compile(r'<pre class="sourceCode (?:sh|bash)\b.*?</pre>', re.S)
+    flag = re.compile(r'(?<![\w-])(--?[A-Za-z][\w-]*)(?![^<]*>)')
+    return command.sub(lambda m: flag.sub(r'<span class="flag">\1</span>', m[0]), text)
+
+
 def framed(text, path, up):
     "The page of the notebook at `path`, with what surrounds its text."
     for old, new in NAMED:
         text = text.replace(old, new)
     title = re.sub(r'<[^>]+>', '', re.search(r'<h1[^>]*>(.*?)</h1>', text, re.S)[1])
-    text = contents(wrapped(text))
+    text = contents(sized(flags_whole(wrapped(text))))
     text = text.replace(TITLE_ENDS, TITLE_ENDS + links_row(path, title, up), 1)
     script = f'<script src="{up}site_libs/reader.js" defer></script>'
     return text.replace('</body>', f'{script}</body>')

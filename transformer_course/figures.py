@@ -71,6 +71,19 @@ def style():
     finally:
         matplotlib.rcParams.update(before)
 
+# %% ../nbs/support/figures.ipynb #378c9ab8
+def _twice_as_fine(
+    shell,  # the notebook's IPython, or None
+) -> None:
+    "Have a notebook show its figures with twice the dots, at the same size"
+    if shell is None:
+        return
+    from matplotlib_inline.config import InlineBackend
+
+    backend = InlineBackend.instance(parent=shell)
+    if 'retina' not in backend.figure_formats:
+        backend.figure_formats = {'retina'}
+
 # %% ../nbs/support/figures.ipynb #aa7e1758
 def figure(
     rows: int = 1,  # rows of axes
@@ -85,6 +98,7 @@ def figure(
         if ipython_shell() or 'matplotlib.pyplot' in sys.modules:
             from matplotlib import pyplot
 
+            _twice_as_fine(ipython_shell())
             return pyplot.subplots(rows, cols, figsize=size, layout='constrained', **kw)
         from matplotlib.figure import Figure
 

@@ -9,11 +9,11 @@
   const BOXES = 'main pre, main .sd-table, main .cell-output-display, main .katex-display, main blockquote';
   const mark = (box) => {
     const more = box.scrollWidth - box.clientWidth;
-    const wide = more > 2 && getComputedStyle(box).overflowX !== 'visible';
+    const wide = more > 0 && getComputedStyle(box).overflowX !== 'visible';
     box.classList.toggle('scrolls', wide);
     box.classList.toggle('more-left', wide && box.scrollLeft > 2);
     box.classList.toggle('more-right', wide && box.scrollLeft < more - 2);
-    const tall = box.scrollHeight - box.clientHeight > 2 && getComputedStyle(box).overflowY === 'auto';
+    const tall = box.scrollHeight - box.clientHeight > 0 && getComputedStyle(box).overflowY === 'auto';
     if (wide || tall) {
       box.tabIndex = 0;
       box.setAttribute('role', 'group');
