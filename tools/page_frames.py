@@ -94,6 +94,7 @@ def wrapped(text):
     return printed.sub(mark, text)
 
 
+WIDE = 700  # a figure that is wider is not squeezed into a phone; it scrolls
 DOTS = 110  # per inch, as a page shows them; transformer_course.figures stores twice as many
 
 
@@ -112,10 +113,13 @@ def sized(text):
     "Say how large each figure is, so that nothing moves while a page loads."
 
     def size(m):
-        found = size_of(base64.b64decode(m[1][:2000]))
-        return f'{m[0]} width="{found[0]}" height="{found[1]}"' if found else m[0]
+        found = size_of(base64.b64decode(m[2][:2000]))
+        if not found:
+            return m[0]
+        wide = ' wide' if found[0] > WIDE else ''
+        return f'{m[1]} width="{found[0]}" height="{found[1]}" class="img-fluid{wide}"'
 
-    return re.sub(r'src="data:image/png;base64,([^"]+)"', size, text)
+    return re.sub(r'(src="data:image/png;base64,([^"]+)") class="img-fluid"', size, text)
 
 
 def flags_whole(text):
