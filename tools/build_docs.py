@@ -42,7 +42,8 @@ PARTS = [
     ('Part III: a GPT in practice', 8, 11),
     ('Part IV: one block, many token sets', 12, 18),
     ('Part V: in-context learning', 19, 22),
-    ('Part VI: why', 23, 99),
+    ('Part VI: why', 23, 25),
+    ('Part VII: what the talk says is missing', 26, 99),
 ]
 SUPPORT = ['sources', 'figures', 'plots', 'matrices', 'graphs', 'walk', 'progress']
 SUPPORT += [
