@@ -147,6 +147,13 @@ def test_paths_into_the_repository_exist(site, pages):
         assert (own[name], '') in found, f'{name} does not link to its notebook, {own[name]}'
 
 
+def test_no_link_is_left_as_it_was_written(site, pages):
+    for name in pages:
+        text = re.sub(r'<pre.*?</pre>', '', (site / name).read_text(encoding='utf-8'), flags=re.S)
+        left = re.findall(r'.{0,60}\]\([\w./#-]+\.(?:ipynb|html)[^)]*\)', text)
+        assert not left, f'{name}: {left}'
+
+
 def test_one_page_for_each_notebook(pages):
     assert len(pages) == len(notebook_paths())
 

@@ -161,6 +161,10 @@ def test_prose_is_linked():
     assert linked('# Chapter 01', '', '', names) == '# Chapter 01'
     assert linked('of chapter 01', '01', '', names) == 'of chapter 01'
     assert 'torch.nn.functional.softmax.html' in linked('`F.softmax`', '', '', names)
+    assert (
+        linked('[[`Claims`](c.html#claims)](claims.ipynb)', '', '', {})
+        == '[`Claims`](claims.ipynb)'
+    )
     assert linked('`F.no_such_name`', '', '', names) == '`F.no_such_name`'
 
 

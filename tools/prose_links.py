@@ -21,6 +21,7 @@ NAMED = re.compile(
     re.M | re.S,
 )
 TORCH = re.compile(r'(torch(?:\.nn\.functional|\.nn|\.optim)?|F|nn)\.([A-Za-z]\w*)(?:\(.*\))?')
+NESTED = re.compile(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(')  # nbdev links a name inside of a link
 SHORT = {'F': 'torch.nn.functional', 'nn': 'torch.nn'}
 FACE = re.compile(r'(GPT2|Bert|Llama|T5|ViT|Whisper)[A-Z]\w+')
 
@@ -78,7 +79,7 @@ def linked(text, own, folder, names):
             return f'{m["said"]} ' + re.sub(r'\d\d', lambda n: chapter(n[0]), m['numbers'])
         return m[0]
 
-    return NAMED.sub(link, text)
+    return NAMED.sub(link, NESTED.sub(r'[\1](', text))
 
 
 def prose_links(nb, path, names):

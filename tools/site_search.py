@@ -19,6 +19,12 @@ CUT = re.compile(
     r'|<ul class="notebook-links".*?</ul>|<ul class="measured".*?</ul>',
     re.S,
 )
+SHOWN = {  # results begin at, and mark, words that say something, and whole ones
+    'q.toLowerCase().split(/\\s+/)[0]': 'window.Fuse.telling(q)[0]',
+    'q.split(/\\s+/).filter((w) => w.length > 1)': 'window.Fuse.telling(q)',
+    'new RegExp("(" +': 'new RegExp("(?<![\\\\p{L}</&])(" +',
+    '+ ")", "ig")': '+ "[\\\\p{L}]*)", "igu")',
+}
 
 
 def words_of(text):
@@ -69,3 +75,10 @@ def write_search(site):
     told = json.dumps(words, ensure_ascii=False, separators=(',', ':'))
     ranking = next(site.glob('site_libs/fuse/fuse*.js'))
     ranking.write_text(script.replace("'@@WORDS@@'", told), encoding='utf-8')
+    shown = site / 'site_libs' / 'smalldocs.js'
+    text = shown.read_text(encoding='utf-8')
+    for old, new in SHOWN.items():
+        if old not in text:
+            raise ValueError(f'smalldocs.js has no {old!r}: see how it shows results now')
+        text = text.replace(old, new)
+    shown.write_text(text, encoding='utf-8')

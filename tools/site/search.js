@@ -93,5 +93,9 @@
       return best.sort((a, b) => b.score - a.score).flatMap(({ found }) => found).slice(0, limit);
     }
   }
+  Search.telling = (query) => {
+    const all = tokens(query), told = all.filter((w) => !idle.has(w));
+    return told.length ? told : all;
+  };
   window.Fuse = Search;
 })();
