@@ -66,7 +66,9 @@ def build(
             f'the file speaks of {config.n_layer} layers and has {len(shapes)} tensors'
         )
     tensors = Renamed(read, shapes, name_table(config, names))
-    model = shadow_model(GPT, asdict(config), tensors.shapes)
+    # without positions: tables on the meta device would import a library of symbolic algebra
+    model = shadow_model(GPT, asdict(config) | dict(position='none'), tensors.shapes)
+    model.config = config
     model.rotary = Rotary(config.n_embd // config.n_head, config.block_size, config.rope_base)
     placed = _in_bytes(model, tensors) if int8 else []
     for name in tensors:
