@@ -9,6 +9,7 @@ __all__ = ['BYTE_OF', 'DIGITS_APART', 'check_ids_of', 'check_merges', 'ByteLevel
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import regex
 
 from .files import read_json
@@ -153,7 +154,8 @@ def from_gguf(
             f'the course reads gpt2 with one of {", ".join(_CUTS)}'
         )
     tokens, merges, types = get('tokens'), get('merges'), get('token_type')
-    if not isinstance(tokens, list) or not isinstance(merges, list) or len(types) != len(tokens):
+    lists = isinstance(tokens, list) and isinstance(merges, list)
+    if not lists or np.shape(types) != (len(tokens),):
         raise ValueError('meta has no list of tokens, of merges, or of one type for each token')
     plain, special = {}, {}
     for i, (token, of) in enumerate(zip(tokens, types)):

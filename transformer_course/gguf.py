@@ -121,7 +121,8 @@ def _value(
             raise header.bad('it has lists of lists in its metadata, which no model needs')
     if kind not in _SCALARS:
         raise header.bad(f'it has metadata of type {kind}, which GGUF does not know')
-    return header.number(_SCALARS[kind])
+    value = header.number(_SCALARS[kind])
+    return float(str(np.float32(value))) if kind == 6 else value  # 1e-05, not 9.999999747e-06
 
 # %% ../nbs/support/gguf.ipynb #62e1f878
 def _metadata(
