@@ -1,15 +1,15 @@
 """SmolLM2-135M on one thread: this library in floats and in bytes, Hugging Face, llama.cpp.
 
-    python benchmarks/chat.py                    about three minutes
+    python benchmarks/chat.py                    about three and a half minutes
     python benchmarks/chat.py --gguf FILE        another Llama, of any size
 
 Greedy, one text at a time. Writing: 64 tokens after a prompt of 16. Reading: a prompt of 256 and
 one token. All contestants take turns, and rounds go on until the distance between the quartiles of
-every row is below 5 % of its median, or three minutes are over. Hugging Face has the same numbers
-in floats, and has to write the same tokens. llama.cpp (`pip install xllamacpp`) runs the file as it
-is, with weights of four bits, and is left out where it is not installed. Then each of them once
-more in a process of its own, for its peak memory, Python and imports included (Linux only).
-Prints a table and writes benchmarks/results/chat.json.
+every row is below 5 % of its median, or two and a half minutes are over. Hugging Face has the same
+numbers in floats, and has to write the same tokens. llama.cpp (`pip install xllamacpp`) runs the
+file as it is, with weights of four bits, and is left out where it is not installed. Then each of
+them once more in a process of its own, for its peak memory, Python and imports included (Linux
+only). Prints a table and writes benchmarks/results/chat.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformer_course.llama import HUB_NAMES, name_table
 from transformer_course.smollm import load_llama, smollm2_file
 
 RESULT = peers.RESULTS / 'chat.json'
-SECONDS = 180  # after which no new round begins
+SECONDS = 150  # after which no new round begins
 TASKS = dict(write=(16, 64), read=(256, 1))  # tokens of the prompt, tokens to write
 
 
