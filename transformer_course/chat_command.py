@@ -140,7 +140,7 @@ def open_chat(config: ChatConfig) -> Chat:
     how['generator'] = torch.Generator(device).manual_seed(config.seed)
     return Chat(model, tokenizer, config.system, config.max_new_tokens, **how)
 
-
+# %% ../nbs/support/chat_command.ipynb #4817e0db
 def say(chat: Chat, text: str) -> None:
     "Print the answer to `text` while it is written."
     for piece in chat.answer(text):
@@ -151,7 +151,7 @@ def say(chat: Chat, text: str) -> None:
         note = f'(forgotten: the oldest {chat.dropped} questions; block_size={size})'
         print(note, file=sys.stderr)
 
-
+# %% ../nbs/support/chat_command.ipynb #a249a94c
 def run_chat(config: ChatConfig) -> None:
     "`transformer-course chat`: one answer, or a conversation up to the end of the input."
     chat = open_chat(config)

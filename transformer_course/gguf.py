@@ -70,7 +70,7 @@ _SCALARS = {
 _STRING, _LIST = 8, 9
 _ROOM = {'metadata': 13, 'tensors': 24}  # the fewest bytes that one of each takes
 
-
+# %% ../nbs/support/gguf.ipynb #958ff411
 class _Header:
     "A header, read from front to back and never beyond the end of the file."
 
