@@ -209,7 +209,7 @@ def lens(
     "What the model would say if it stopped here (nostalgebraist 2020, the logit lens)."
     return model.lm_head(model.transformer.ln_f(stream))
 
-# %% ../../nbs/24_real_model.ipynb #794e1a4b
+# %% ../../nbs/24_real_model.ipynb #8a57e467
 def arrow_streams(
     model: GPT,
     prompts: list,  # N of (ids, spans) from `lay_out`
@@ -218,7 +218,7 @@ def arrow_streams(
     ends = [ids[: spans[-1][0]] for ids, spans in prompts]
     return torch.stack([streams(model, torch.tensor([ids]))[:, 0, -1] for ids in ends], 1)
 
-
+# %% ../../nbs/24_real_model.ipynb #47fc5889
 @contextmanager
 def overwritten(
     model: GPT,
