@@ -259,6 +259,48 @@ def test_our_training_runs_on_any_text(load, tmp_path):
     assert done['updates'] == 4 and 1 < done['loss'] < 3 and done['cpu_seconds'] > 0
 
 
+# --- a published model ---
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    "A Llama of two layers as a GGUF file."
+    from test_pretrained import GGUF_NAMES, gguf_bytes, llama_meta, parts_of, small_llama
+
+    path = tmp_path / 'small.gguf'
+    path.write_bytes(gguf_bytes(llama_meta(), parts_of(small_llama(), GGUF_NAMES)))
+    return path
+
+
+def test_chat_at_toy_size(load, small_file, tmp_path, capsys, monkeypatch):
+    chat = load('chat')
+    monkeypatch.setattr(chat, 'installed', lambda: [*chat.CONTESTANTS][:3])
+    words = ['--gguf', small_file, '--tokens', 4, '--rounds', 2, '--most', 2]
+    monkeypatch.setattr(chat, 'peak', lambda name, path, n: 100.0)
+    result = chat.main([str(word) for word in (*words, '--out', tmp_path / 'chat.json')])
+    assert result == json.loads((tmp_path / 'chat.json').read_text())
+    for task in ('write', 'read'):
+        assert set(result['table'][task]) == set(chat.installed())
+        assert all(len(row['runs']) == 2 for row in result['table'][task].values())
+    assert not any(differences(s) for _, s in summaries(result))
+    assert 'tokens per second' in capsys.readouterr().out and result['model'] == 'small.gguf'
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_chat_peak_is_of_a_fresh_process(load, small_file):
+    assert 100 < load('chat').peak('ours, int8', small_file, 3) < 1000
+
+
+def test_chat_finds_a_difference(load):
+    chat = load('chat')
+    write = lambda ids, n: [1] * n
+    contestants = {'ours, floats': write, 'Hugging Face, floats': lambda ids, n: [2] * n}
+    with pytest.raises(AssertionError, match='other tokens'):
+        chat.measure(contestants, dict(write=(4, 3)), 1, 1)
+    with pytest.raises(AssertionError, match='not 3'):
+        chat.one_round({'short': lambda ids, n: []}, dict(write=(4, 3)))
+
+
 # --- on a graphics card; here everything very small ---
 
 

@@ -533,4 +533,4 @@ def test_the_commands_that_pages_show_can_be_typed():
     assert len(typed) >= 10
     for words in typed:
         command, flags = parse(words)
-        assert command in ('train', 'sample', 'info') and all(f != 'command' for f in flags)
+        assert command in ('train', 'sample', 'chat', 'info') and all(f != 'command' for f in flags)

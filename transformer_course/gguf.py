@@ -70,7 +70,7 @@ _SCALARS = {
 _STRING, _LIST = 8, 9
 _ROOM = {'metadata': 13, 'tensors': 24}  # the fewest bytes that one of each takes
 
-
+# %% ../nbs/support/gguf.ipynb #958ff411
 class _Header:
     "A header, read from front to back and never beyond the end of the file."
 
@@ -121,7 +121,8 @@ def _value(
             raise header.bad('it has lists of lists in its metadata, which no model needs')
     if kind not in _SCALARS:
         raise header.bad(f'it has metadata of type {kind}, which GGUF does not know')
-    return header.number(_SCALARS[kind])
+    value = header.number(_SCALARS[kind])
+    return float(str(np.float32(value))) if kind == 6 else value  # 1e-05, not 9.999999747e-06
 
 # %% ../nbs/support/gguf.ipynb #62e1f878
 def _metadata(

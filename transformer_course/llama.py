@@ -43,7 +43,7 @@ GGUF_NAMES = dict(
     layers={ours: f'blk.{{i}}.{theirs}.weight' for ours, theirs in _GGUF.items()},
 )
 
-
+# %% ../nbs/support/llama.ipynb #3a9de148
 def name_table(
     config: GPTConfig,  # n_layer and tie_weights
     names: Mapping,  # HUB_NAMES or GGUF_NAMES
@@ -114,7 +114,7 @@ def llama_config(
     fixed = dict(position='rotary', norm='rms', activation='silu', gated=True, bias=False)
     return GPTConfig(block_size=block_size, **fixed, **sizes)
 
-
+# %% ../nbs/support/llama.ipynb #754a1485
 def gguf_config(
     file: GGUFFile,  # of the architecture llama
     block_size: int | None = None,  # see `llama_config`
@@ -138,7 +138,9 @@ def gguf_config(
     sizes = dict(n_layer=of('block_count'), n_head=heads, n_embd=of('embedding_length'))
     sizes |= dict(n_inner=of('feed_forward_length'), n_kv_head=of('attention.head_count_kv', heads))
     sizes |= dict(norm_eps=of('attention.layer_norm_rms_epsilon'))
-    sizes |= dict(rope_base=of('rope.freq_base', 10000.0), tie_weights='output.weight' not in file)
+    sizes |= dict(
+        rope_base=of('rope.freq_base', 10000.0), tie_weights='output.weight' not in file.shapes
+    )
     vocab = file.shapes.get('token_embd.weight', (0,))[0]
     return llama_config(block_size, of('context_length'), vocab_size=vocab, **sizes)
 
@@ -154,7 +156,7 @@ _HUB_SIZES = {  # of config.json -> ours
 _HUB_FIXED = {'model_type': 'llama', 'hidden_act': 'silu', 'rope_scaling': None}
 _HUB_FIXED |= {'attention_bias': False, 'mlp_bias': False}
 
-
+# %% ../nbs/support/llama.ipynb #3b5e0d92
 def hub_config(
     about: Mapping,  # what config.json says
     block_size: int | None = None,  # see `llama_config`
