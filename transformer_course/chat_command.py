@@ -26,7 +26,7 @@ from .smollm import SYSTEM, chat_ids, load_llama, smollm2
 class ChatConfig:
     "Whom to talk with, and how."
 
-    model: str = 'smollm2'  # or a GGUF file, a folder of the hub, owner/name on the hub
+    model: str = 'smollm2'  # smollm2, a GGUF file, a folder of the hub, or owner/name on it
     prompt: str | None = None  # one question, answered once; default: a conversation
     system: str = SYSTEM  # what the model is told to be
     max_new_tokens: int = 500  # how many tokens an answer has at most
