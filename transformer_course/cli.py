@@ -84,6 +84,10 @@ EXAMPLES = dict(
   transformer-course sample --out_dir mine --num_samples 3 --temperature 0.5
                                                         three safer texts from another run
   transformer-course sample --int8 --seed 7             bytes for weights, another text""",
+    chat="""examples:
+  transformer-course chat                               a conversation with SmolLM2; Ctrl-D ends it
+  transformer-course chat --prompt "Name three fruits." --int8
+                                                        one answer, weights in bytes""",
     info="""examples:
   transformer-course info                               what this machine and out have
   transformer-course info --out_dir mine                the same of another run""",
