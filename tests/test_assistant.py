@@ -1,4 +1,4 @@
-"An assistant: masked prompts, the losses beside trl's, the optimum in closed form, one loop for all."
+"An assistant: masked prompts, losses beside trl's, the optimum in closed form, one loop for all."
 
 import math
 from types import SimpleNamespace
