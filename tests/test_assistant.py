@@ -425,3 +425,4 @@ def test_a_mean_over_pairs_and_replies():
         alone = [DPO(gpt(), 0.3)(x[i : i + 1], ref[i : i + 1], y[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(loss, torch.stack([part[1] for part in alone]).mean())
     torch.testing.assert_close(margins, torch.cat([part[0] for part in alone]))
+    torch.testing.assert_close(F.softplus(-0.3 * margins).mean(), loss)  # chosen over rejected
