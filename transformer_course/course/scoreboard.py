@@ -12,7 +12,7 @@ from statistics import median
 from .long_runs import recorded
 from ..figures import COLORS, GREY, PAPER, axes_or_new, label_axes, style
 
-# %% ../../nbs/support/scoreboard.ipynb #947b3486
+# %% ../../nbs/support/scoreboard.ipynb #f00fdaae
 @dataclass(frozen=True)
 class Budget:
     "What each model of the scoreboard may spend; the text and its split are those of chapter 00."
@@ -42,10 +42,10 @@ class Budget:
     def characters(self) -> int:  # that a model is trained on, repetitions counted
         return self.updates * self.batch_size * self.block_size
 
-
+# %% ../../nbs/support/scoreboard.ipynb #e0fc362d
 BUDGET = Budget()
 
-# %% ../../nbs/support/scoreboard.ipynb #4d222bd6
+# %% ../../nbs/support/scoreboard.ipynb #da2051ac
 @dataclass(frozen=True)
 class Rung:
     "One model of the scoreboard: what its seeds reached."
@@ -64,7 +64,7 @@ class Rung:
     def worst(self) -> float:  # nats per character
         return max(self.losses.values())
 
-
+# %% ../../nbs/support/scoreboard.ipynb #99c129da
 def rungs_of(
     rows: list[dict],  # a recorded run: rung, seed, loss, params; perhaps trial and note
     chapter: str,  # two digits
@@ -111,7 +111,7 @@ def rung(
         raise ValueError(f'rung {name!r} is not on the scoreboard: choose one of {[*known]}')
     return known[name]
 
-# %% ../../nbs/support/scoreboard.ipynb #2dbc33b9
+# %% ../../nbs/support/scoreboard.ipynb #a20190a1
 MARKS = {'5-gram': ':', 'RNN': '--'}  # drawn through the whole picture
 VIEW = (1.35, 2.7)  # nats: the same in every chapter, so that the pictures can be compared
 
@@ -125,7 +125,7 @@ def _short(
             return f'{n / size:.3g}{unit}'
     return str(n)
 
-
+# %% ../../nbs/support/scoreboard.ipynb #cf5cb43d
 def _row(
     ax,  # axes
     y: int,  # which row
@@ -141,7 +141,7 @@ def _row(
     look = dict(textcoords='offset points', va='center', bbox=card, zorder=4)
     ax.annotate(said, (r.worst, y), (9, 0), **look)
 
-
+# %% ../../nbs/support/scoreboard.ipynb #649d97d4
 def scoreboard(
     chapter: str,  # a notebook's name, such as '03_attention': its own rows are marked
     ax=None,  # axes to draw on; new ones by default
