@@ -19,6 +19,7 @@ from transformer_course.checkpoint import load_model
 from transformer_course.cli import parse
 from transformer_course.data import CharTokenizer
 from transformer_course.files import signed
+from transformer_course.flags import choices_in, field_comments
 from transformer_course.prepare import prepare
 
 COMMAND = Path(sys.executable).with_name('transformer-course')
@@ -127,7 +128,7 @@ def test_a_prompt_is_taken_as_typed(run):
 
 def test_info_tells_what_the_checkpoint_holds(trained):
     out = trained('info').stdout
-    assert '1 layers' in out and '30 of 30 steps' in out and 'my.txt' in out
+    assert '1 layer,' in out and '30 of 30 steps' in out and 'my.txt' in out
 
 
 def test_info_reads_no_weights(trained):
@@ -168,7 +169,7 @@ def test_flags_may_be_written_with_hyphens(run):
 
 def test_help_explains_every_flag(run):
     result = run('train', '--help')
-    flags = re.findall(r'^  (--\w+)(.*(?:\n {30,}.*)*)', result.stdout, re.M)
+    flags = re.findall(r'^  (--\w+)(.*(?:\n {20,}.*)*)', result.stdout, re.M)
     assert result.returncode == 0 and len(flags) > 35
     for flag, rest in flags:
         assert len(rest.split()) > 2, f'{flag} has no explanation'
@@ -494,6 +495,38 @@ def test_a_long_text_is_scored_in_part_and_at_the_end_as_a_whole(run):
     result = run(*MY, *SMALL, '--max_iters', 2, '--eval_tokens', 100)
     assert 'to validate on (while training, the first 100)' in result.stdout
     assert re.search(r'whole   val loss \d\.\d+ nats per character over all of it', result.stdout)
+
+
+@pytest.mark.parametrize('columns', [60, 80, 200])
+def test_the_help_is_as_wide_as_the_terminal(run, columns):
+    env = dict(os.environ, COLUMNS=str(columns))
+    for command in cli.COMMANDS:
+        flags = run(command, '--help', env=env).stdout.partition('examples:')[0]
+        assert max(map(len, flags.splitlines())) <= min(columns, 100)
+        assert not re.search(r'--\w+ \[?(STR|INT|FLOAT|BOOL)', flags)
+
+
+def test_the_bare_command_helps(run):
+    result = run()
+    assert result.returncode == 2 and result.stdout == ''
+    assert all(f'    {command}' in result.stderr for command in cli.COMMANDS)
+
+
+def test_what_the_help_lists_is_taken_and_nothing_else():
+    "Choices are read from the comments; the dataclasses must agree with them."
+    lists = {}
+    for part in {part for command in cli.COMMANDS.values() for part in command.parts}:
+        for name, comment in field_comments(part).items():
+            if choices := choices_in(comment):
+                lists[name] = part, choices
+    assert {'norm', 'position', 'activation', 'optimizer', 'lr_decay', 'dtype'} <= set(lists)
+    for name, (part, choices) in lists.items():
+        if name in ('device', 'parallel'):  # known only where the run begins
+            continue
+        for choice in choices:
+            part(**{name: choice})
+        with pytest.raises(ValueError, match=name):
+            part(**{name: 'something else'})
 
 
 def test_a_very_long_text_is_scored_at_the_end_from_all_over(monkeypatch, tmp_path, capsys):

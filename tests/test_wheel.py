@@ -12,6 +12,8 @@ import pytest
 from as_wheel import QUIET
 from cells import settings
 from conftest import ROOT
+from release_notes import section
+from release_notes import wrong as wrong_with
 
 PACKAGE = ROOT / 'transformer_course'
 ALONE = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}  # nothing but the wheel
@@ -79,9 +81,14 @@ print(transformer_course.__version__, importlib.metadata.version("transformer_co
     assert wheel.name.startswith(f'transformer_course-{version}-')
 
 
-def test_the_citation_is_of_this_version():
-    cited = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
-    assert f"\nversion: {settings()['version']}\n" in cited
+def test_a_release_of_this_version_may_go_out():
+    tell = sys.executable, ROOT / 'tools' / 'release_notes.py'
+    assert len(run(*tell).splitlines()) > 5
+    wrong = subprocess.run([*tell, 'v0.0.1'], capture_output=True, text=True)
+    assert wrong.returncode == 1 and f"tag it v{settings()['version']}" in wrong.stderr
+    text = '# Changelog\n\n## 0.2\n\nnew\n\n## 0.1\n\nold\n'
+    assert [section(text, v) for v in ('0.2', '0.1', '0.3', '0')] == ['new', 'old', '', '']
+    assert len(list(wrong_with('v1', '2', 'version: 3\n', ''))) == 3
 
 
 def test_every_module_imports_elsewhere(python, tmp_path):

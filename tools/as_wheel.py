@@ -7,7 +7,8 @@ import sys
 
 from cells import ROOT
 
-SOURCES = 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'
+SOURCES = 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in'
+SOURCES += 'README.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE'
 QUIET = '--quiet', '--disable-pip-version-check', '--no-deps'
 
 
@@ -21,14 +22,17 @@ def call(command, **kw):
 
 
 def build(folder):
-    "A wheel, built in an empty folder from a copy of the sources: no build folder is left in ROOT."
+    "A wheel, as a release has it: from an archive of the sources, made in an empty folder."
     for name in SOURCES:
         shutil.copy(ROOT / name, folder / name)
     skip = shutil.ignore_patterns('__pycache__')
     shutil.copytree(ROOT / 'transformer_course', folder / 'transformer_course', ignore=skip)
-    make = sys.executable, '-m', 'pip', 'wheel', *QUIET, '--no-build-isolation'
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    call([*make, '-w', folder / 'dist', folder], env=env)
+    pack = 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+    call([sys.executable, '-c', pack], cwd=folder, env=env)
+    sources = next((folder / 'dist').glob('*.tar.gz'))
+    make = sys.executable, '-m', 'pip', 'wheel', *QUIET, '--no-build-isolation'
+    call([*make, '-w', folder / 'dist', sources], env=env)
     return next((folder / 'dist').glob('*.whl'))
 
 

@@ -62,7 +62,8 @@ def section(title, files):
 def sidebar(nbs):
     "The text of `sidebar.yml`: the parts of the course, then the tools that it stands on."
     lines, found = ['website:', '  sidebar:', '    contents:'], chapters(nbs)
-    starts = ('Start', 'index'), ('How do I …?', 'questions'), ('The ledger', 'ledger')
+    starts = [('Start', 'index'), ('How do I …?', 'questions'), ('The command line', 'manual')]
+    starts += [('PyTorch for people who know numpy', 'pytorch'), ('The ledger', 'ledger')]
     for text, page in ((text, f'{stem}.ipynb') for text, stem in starts):
         if (Path(nbs) / page).exists():
             lines += [f'      - text: {text}', f'        href: {page}']

@@ -26,7 +26,7 @@ from .sources import load_text
 from .tokenizer import BPETokenizer
 
 # %% ../nbs/support/corpus.ipynb #4c660afe
-EVAL_TOKENS = dict(text=131072, data=2097152)  # unless the user says otherwise
+EVAL_TOKENS = dict(text=131072, data=2097152)  # by default, of a text or of shards
 
 
 @dataclass
@@ -35,7 +35,7 @@ class DataConfig:
 
     text: str | None = None  # your own UTF-8 text file; default: Tiny Shakespeare
     data: str | None = None  # a folder of token shards that `prepare` wrote, instead of a text
-    eval_tokens: int | None = None  # score so many validation tokens at most, see EVAL_TOKENS
+    eval_tokens: int | None = None  # validation tokens that are scored while training, at most
     val_fraction: float = 0.1  # the last share of the text, held out for validation
 
     def __post_init__(self):

@@ -33,7 +33,7 @@ class OptimConfig:
     beta2: float = 0.95  # AdamW's average of their squares
     grad_clip: float = 0.0  # longest gradient allowed; 0: any
     warmup_iters: int = 20  # updates before the step sizes are at their highest
-    lr_decay: str = 'linear'  # linear or cosine towards min_lr_ratio, or none
+    lr_decay: str = 'linear'  # towards min_lr_ratio: linear, cosine or none
     min_lr_ratio: float = 0.0  # where the decay leads, as a share of the highest
 
     def __post_init__(self):

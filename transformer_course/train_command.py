@@ -34,7 +34,7 @@ from .flags import pick
 from .gpt import GPT, GPTConfig, count_params
 from .parallel import together
 from .plots import plot_losses
-from .sample_command import continue_text, find_device, first_prompt
+from .sample_command import continue_text, counted, find_device, first_prompt
 from .stopping import asked_to_stop
 from .strategy import SingleProcess
 from .tokenizer import BPETokenizer
@@ -85,11 +85,12 @@ def introduce(model: GPT, corpus: Corpus, device: torch.device, processes: int) 
     whole = corpus.val if corpus.whole_val is None else corpus.whole_val
     some = '' if whole is corpus.val else f' (while training, the first {len(corpus.val):,})'
     print(f'split   {len(corpus.train):,} {unit}s to train on, {len(whole):,} to validate on{some}')
-    shape = f'{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide'
+    shape = f'{counted(c.n_layer, "layer")}, {counted(c.n_head, "head")}, {c.n_embd} wide'
     size = f'{model.num_params():,} parameters'
     print(f'model   {shape}, {c.block_size} {unit}s of context: {size}')
     many = f', {processes} processes' if processes > 1 else ''
-    print(f'device  {device}, {torch.get_num_threads()} threads{many}\n', flush=True)
+    threads = counted(torch.get_num_threads(), 'thread')
+    print(f'device  {device}, {threads}{many}\n', flush=True)
 
 # %% ../nbs/support/train_command.ipynb #ede08672
 class Reporter:

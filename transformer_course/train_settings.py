@@ -27,9 +27,9 @@ from .training import TrainConfig
 class RunConfig:
     "Where to compute, and what to keep."
 
-    out_dir: str = 'out'  # the checkpoint and the loss curve go here
-    device: str = 'auto'  # auto, cpu, cuda or mps
-    parallel: str | None = None  # under torchrun: ddp, or fsdp (shares weights out); default: ddp
+    out_dir: str = 'out'  # the folder for the checkpoint, the log and the loss curve
+    device: str = 'auto'  # what computes: auto, cpu, cuda or mps
+    parallel: str | None = None  # under torchrun: ddp or fsdp (shares weights out); default: ddp
     sample_tokens: int = 200  # length of the samples shown while training
     log: bool = True  # keep out_dir/log.jsonl: a line for each update and each evaluation
     tensorboard: bool = False  # the same as event files (pip install tensorboard)

@@ -31,8 +31,8 @@ class TrainConfig(OptimConfig):
     batch_size: int = 16  # B, rows per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per update
     eval_interval: int = 200  # updates between evaluations, checkpoints and samples
-    dtype: str = 'auto'  # of the products: float32, bfloat16, float16, or auto: what pays
-    compile: bool | None = None  # translate the model with torch.compile; None: where it pays
+    dtype: str = 'auto'  # of the products: float32, bfloat16, float16 or auto (what pays)
+    compile: bool | None = None  # translate the model with torch.compile; default: where it pays
     seed: int = 1337  # decides batches and dropout
 
     def __post_init__(self):
@@ -214,9 +214,7 @@ def evaluate_and_report(state: TrainState, validate=None, on_eval=None) -> None:
     state.model.train()
 
 # %% ../nbs/09_training.ipynb #b51f0aab
-def run_updates(
-    state: TrainState, batch, validate=None, on_eval=None, on_step=None, stop=None
-) -> None:
+def run_updates(state: TrainState, batch, validate=None, on_eval=None, on_step=None, stop=None):
     "Update after update, with an evaluation every eval_interval and at the end; see `train`."
     config, reports = state.config, state.parallel.rank == 0
     steps = range(state.step, config.max_iters)
@@ -228,6 +226,8 @@ def run_updates(
         if state.step % config.eval_interval == 0:
             evaluate_and_report(state, validate, on_eval)
         loss = update(state, batch)
+        if reports:
+            steps.set_postfix(loss=f'{loss:.3f}', refresh=False)
         if on_step and reports:
             record = dict(step=state.step, loss=loss) | step_sizes(state.optimizers)
             record |= dict(seconds=state.seconds(), tokens=state.history.tokens)

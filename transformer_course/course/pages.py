@@ -111,7 +111,7 @@ def tally(
 def _row(
     entry: Entry,  # a claim with its records
 ) -> str:
-    "A claim as one line of the table on the front page"
+    "A claim as one line of the ledger's first table"
     claim = entry.claim
     places = sorted({chapter for chapter, _ in entry.found} & set(claim.chapters))
     links = [_link(c) for c in places] + [_link(c, there=False) for c in entry.planned]
