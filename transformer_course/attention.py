@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['check_mask', 'attention_weights', 'scaled_dot_product_attention', 'causal_mask', 'Head']
 
-# %% ../nbs/03_attention.ipynb #6eba44de
+# %% ../nbs/03_attention.ipynb #ea2f67e0
 import math
 
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/03_attention.ipynb #9d691ba6
+# %% ../nbs/03_attention.ipynb #d8b1dc12
 def check_mask(mask: Tensor | None) -> None:
     "Refuse whole numbers as a mask: added to the scores they would hide nothing."
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
@@ -19,7 +19,7 @@ def check_mask(mask: Tensor | None) -> None:
             f'mask has dtype {mask.dtype}: give True where a query may look, such as mask.bool()'
         )
 
-# %% ../nbs/03_attention.ipynb #752378e1
+# %% ../nbs/03_attention.ipynb #3215498f
 def attention_weights(
     q: Tensor,  # (..., T, D) what each query looks for
     k: Tensor,  # (..., S, D) what each key has to offer
@@ -42,7 +42,7 @@ def attention_weights(
     empty = ~mask.any(-1, keepdim=True)  # (..., T, 1): a row that may look nowhere would be 0/0
     return scores.masked_fill(~(mask | empty), -math.inf).softmax(-1).masked_fill(~mask, 0.0)
 
-# %% ../nbs/03_attention.ipynb #887a3531
+# %% ../nbs/03_attention.ipynb #39459c18
 def scaled_dot_product_attention(
     q: Tensor,  # (..., T, D)
     k: Tensor,  # (..., S, D)
@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
         )
     return attention_weights(q, k, mask, scale) @ v  # (..., T, S) @ (..., S, Dv) -> (..., T, Dv)
 
-# %% ../nbs/03_attention.ipynb #0fabff5c
+# %% ../nbs/03_attention.ipynb #b0602b39
 def causal_mask(
     T: int,  # number of queries
     S: int | None = None,  # number of keys; the queries are the last T of them (default: S = T)
@@ -69,7 +69,7 @@ def causal_mask(
         raise ValueError(f'S={S} must be at least T={T}: the queries are the last T of the S keys')
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
-# %% ../nbs/03_attention.ipynb #67cbeeca
+# %% ../nbs/03_attention.ipynb #7c58d956
 class Head(nn.Module):
     "One causal self-attention head: three linear maps around `scaled_dot_product_attention`."
 
@@ -79,9 +79,9 @@ class Head(nn.Module):
         head_size: int,  # D, size of queries, keys and values
     ):
         super().__init__()
-        self.query, self.key, self.value = (
-            nn.Linear(n_embd, head_size, bias=False) for _ in range(3)
-        )
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, D)
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, C) -> (B, T, D) each

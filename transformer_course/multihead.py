@@ -6,7 +6,7 @@
 __all__ = ['split_heads', 'merge_heads', 'head_sizes', 'combine_masks', 'cross_heads', 'make_ready', 'kernel_mask',
            'MultiHeadAttention', 'padding_mask']
 
-# %% ../nbs/04_multihead.ipynb #dae13fc6
+# %% ../nbs/04_multihead.ipynb #277a600c
 from collections.abc import Callable
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import attention_weights, causal_mask, check_mask
 
-# %% ../nbs/04_multihead.ipynb #e620b899
+# %% ../nbs/04_multihead.ipynb #7a3915dc
 def split_heads(
     x: Tensor,  # (B, T, H*D)
     n_head: int,  # H
@@ -25,12 +25,12 @@ def split_heads(
         raise ValueError(f'x has shape {tuple(x.shape)}: give (B, T, C), for example x[None]')
     return x.reshape(*x.shape[:2], n_head, -1).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
-# %% ../nbs/04_multihead.ipynb #6dac6d4b
+# %% ../nbs/04_multihead.ipynb #0f924a47
 def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, H*D)
     "Undo `split_heads`."
     return x.transpose(1, 2).flatten(2)
 
-# %% ../nbs/04_multihead.ipynb #74b6f8bb
+# %% ../nbs/04_multihead.ipynb #28f4b0e3
 def head_sizes(
     n_embd: int,  # C
     n_head: int,  # H
@@ -49,7 +49,7 @@ def head_sizes(
     D = n_embd // n_head
     return D, [n_embd, n_kv_head * D, n_kv_head * D]
 
-# %% ../nbs/04_multihead.ipynb #77674544
+# %% ../nbs/04_multihead.ipynb #d3899ab3
 def combine_masks(
     T: int,  # number of queries
     S: int,  # number of keys; the queries are the last T of them
@@ -71,7 +71,7 @@ def combine_masks(
         return mask & allowed
     return mask.masked_fill(~allowed, float('-inf'))
 
-# %% ../nbs/04_multihead.ipynb #134ede95
+# %% ../nbs/04_multihead.ipynb #2043bb51
 def cross_heads(
     c_attn: nn.Linear,  # makes queries, keys and values in one product
     x: Tensor,  # (B, T, C) makes the queries
@@ -85,7 +85,7 @@ def cross_heads(
     k, v = split_heads(kv, kv.shape[-1] // head_size).chunk(2, 1)
     return split_heads(q, C // head_size), k, v
 
-# %% ../nbs/04_multihead.ipynb #ca59bd3e
+# %% ../nbs/04_multihead.ipynb #e594c0ed
 def make_ready(
     z: Tensor,  # (B, heads, T, D) queries or keys
     norm: bool,  # each to mean 0 and variance 1 first
@@ -97,7 +97,7 @@ def make_ready(
         z = F.layer_norm(z, z.shape[-1:])
     return z if rotary is None else rotary(z, start)
 
-# %% ../nbs/04_multihead.ipynb #b8c8bf05
+# %% ../nbs/04_multihead.ipynb #129d5dac
 def kernel_mask(
     T: int,  # number of queries
     S: int,  # number of keys; the queries are the last T of them
@@ -111,7 +111,7 @@ def kernel_mask(
         return None, causal and T > 1  # the last token alone may look at everything
     return combine_masks(T, S, mask, causal, window, device), False
 
-# %% ../nbs/04_multihead.ipynb #2250ea3c
+# %% ../nbs/04_multihead.ipynb #f030b3f7
 class MultiHeadAttention(nn.Module):
     "Multi-head attention, self or cross (Vaswani 2017, arXiv 1706.03762, section 3.2.2)."
 
@@ -169,7 +169,7 @@ class MultiHeadAttention(nn.Module):
         k = k.repeat_interleave(self.n_head // self.n_kv_head, 1)
         return attention_weights(q, k, mask, self.scale)
 
-# %% ../nbs/04_multihead.ipynb #ac417347
+# %% ../nbs/04_multihead.ipynb #e0599096
 def padding_mask(
     lengths: Tensor | list[int],  # (B,) how many tokens of each text are real, at least 1
     S: int,  # tokens in a row of the batch, padding included
