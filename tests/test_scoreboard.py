@@ -32,7 +32,7 @@ from transformer_course.sources import load_text
 
 LADDER = ['one head', 'four heads', 'rotary positions', 'a block', "today's GPT"]
 SHOWN = ['01_bigram', '02_before', '03_attention', '04_multihead', '05_positions', '06_block']
-SHOWN += ['06_depth', '07_gpt', '09_training']
+SHOWN += ['06_depth', '07_gpt', '08_tokenizer', '09_training']
 small = Budget(updates=8, batch_size=2, block_size=8, warmup=3, trial_updates=5, seeds=(1, 2))
 
 
