@@ -109,13 +109,19 @@ def test_one_run_is_the_loop_written_out():
 
 def test_the_seed_decides_the_weights():
     make = lambda V: GrowingModel(V, nn.Linear(4, 4), n_embd=4)
-    a, b, c = (train_rung(make, 0.01, seed, small)[0] for seed in (1, 1, 2))
+    torch.manual_seed(99)  # whatever was drawn before does not matter
+    a, model, _ = train_rung(make, 1e-9, 1, small)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model.embed.weight, make(len(model.table.weight)).embed.weight)
+    b, c = (train_rung(make, 1e-9, seed, small)[0] for seed in (1, 2))
     assert a == b != c
 
 
 def test_trials_choose_and_are_not_counted():
     rows = list(climb('net', BigramLanguageModel, small))
     assert [r['seed'] for r in rows] == [0, 0, 0, 1, 2]
+    best = min(rows[:3], key=lambda r: r['loss'])['step_size']
+    assert [r['step_size'] for r in rows] == [*small.step_sizes, best, best]
     [net] = rungs_of(rows, '04')
     assert set(net.losses) == {1, 2} and net.worst == max(r['loss'] for r in rows[3:])
     assert net.params == rows[0]['params'] > 0
@@ -135,6 +141,7 @@ def test_the_growing_model():
     attn, idx = MultiHeadAttention(8, 2), torch.tensor([[3, 1, 4, 1, 5]])
     for how in (dict(places=5), dict(rotary=Rotary(4, 5)), {}):
         model = GrowingModel(9, attn, 8, **how)
+        nn.init.normal_(model.table.weight)
         x = model.embed(idx) + (model.place.weight if 'places' in how else 0)
         expected = model.table(idx) + model.out(attn(x, rotary=how.get('rotary')))
         torch.testing.assert_close(model(idx)[0], expected)
