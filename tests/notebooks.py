@@ -5,6 +5,7 @@ import re
 import pytest
 from cells import code_of, notebook_paths, read_cells
 from cells import module_of as module_of_cells
+from chapter_order import chapters
 from conftest import ROOT
 
 NBS = ROOT / 'nbs'
@@ -27,7 +28,8 @@ class Notebook:
 
 
 ALL = [Notebook(path) for path in notebook_paths()]
-CHAPTERS = [nb for nb in ALL if nb.is_chapter]  # sorted: where two share a number, by name
+PLACES = [name for _, name in chapters(NBS)]
+CHAPTERS = sorted((nb for nb in ALL if nb.is_chapter), key=lambda nb: PLACES.index(nb.name))
 BY_MODULE = {nb.module: nb for nb in ALL if nb.module}
 every_notebook = pytest.mark.parametrize('nb', ALL, ids=[nb.name for nb in ALL])
 every_chapter = pytest.mark.parametrize('nb', CHAPTERS, ids=[nb.path.stem for nb in CHAPTERS])

@@ -24,9 +24,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cells import ROOT
+import page_cells
+import page_frames
+import site_search
+from alt_texts import alt_texts
+from cells import ROOT, notebook_paths
+from chapter_order import chapters
+from prose_links import chapter_names, prose_links
 
 sys.path.insert(0, str(ROOT))
+from transformer_course.course.ledger import CLAIMS
 from transformer_course.files import write_file
 
 PARTS = [
@@ -35,7 +42,8 @@ PARTS = [
     ('Part III: a GPT in practice', 8, 11),
     ('Part IV: one block, many token sets', 12, 18),
     ('Part V: in-context learning', 19, 22),
-    ('Part VI: why', 23, 99),
+    ('Part VI: why', 23, 25),
+    ('Part VII: what the talk says is missing', 26, 99),
 ]
 SUPPORT = ['sources', 'figures', 'plots', 'matrices', 'graphs', 'walk', 'progress']
 SUPPORT += [
@@ -45,12 +53,6 @@ SUPPORT += [
     'pages',
     'long_runs',
 ]  # in this order; then the others, by name
-
-
-def chapters(nbs):
-    "The chapters in folder `nbs`, as (number, file name): in order, several may share a number."
-    names = sorted(p.name for p in Path(nbs).glob('[0-9][0-9]_*.ipynb'))
-    return [(int(name[:2]), name) for name in names]
 
 
 def section(title, files):
@@ -89,27 +91,6 @@ def katex():
 # ---------------------------------------------------------------- notebooks as smalldocs' sources
 
 
-def headings(source):
-    "The headings of a cell of Markdown; for the front matter, the title."
-    if source.startswith('---'):
-        return re.findall(r'^title: (.+)$', source, re.M)
-    return re.findall(r'^#+ (.+?)(?: \{.*\})?$', source, re.M)
-
-
-def alt_texts(nb):
-    "Give each figure without a description one, from the section it stands in."
-    heading = ''
-    for cell in nb['cells']:
-        source = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown':
-            heading = [heading, *headings(source)][-1]
-            continue
-        kinds = [kind for out in cell.get('outputs', []) for kind in out.get('data', {})]
-        if any(kind.startswith('image/') for kind in kinds) and 'fig-alt:' not in source:
-            text = re.sub(r'[`"*$\\]', '', heading).strip("' ")
-            cell['source'] = f'#| fig-alt: "Figure: {text}"\n{source}'
-
-
 def compact(nb):
     "Where its source follows an API entry, only the source shows the signature."
     signature = re.compile(r'^---\n|^```python\n.*?^```\n\n?', re.M | re.S)
@@ -135,26 +116,19 @@ def links_out(nb, folder, blob):
             cell['source'] = re.sub(r'(\]\()(\.\./[^)\s]+)', link, ''.join(cell['source']))
 
 
-def code_link(nb, href):
-    "Have the page link to its notebook."
-    first = nb['cells'][0]
-    if first['cell_type'] == 'raw':
-        links = f'code-links:\n- text: This notebook\n  icon: journal-code\n  href: {href}\n---'
-        first['source'] = re.sub(r'---\s*$', links, ''.join(first['source']))
-
-
 def rename(proc, host, blob):
     "Give the processed notebooks the names that their pages have; links to this site become local."
-    names = {}
+    names, claims, numbered = {}, {claim.id for claim in CLAIMS}, chapter_names()
     for path in sorted(proc.rglob('*.ipynb')):
         text = path.read_text(encoding='utf-8')
         out = re.search(r'output-file: ([\w.-]+)\.html', text)
         nb = json.loads(text.replace(host, '/'))
         folder = path.parent.relative_to(proc)
-        alt_texts(nb)
         compact(nb)
         links_out(nb, folder, blob)
-        code_link(nb, f'{blob}/nbs/{folder / path.name}')
+        alt_texts(nb)
+        prose_links(nb, path.relative_to(proc), numbered)
+        page_cells.for_readers(nb, claims, '../ledger.html' if folder.parts else 'ledger.html')
         new = path.with_name((out[1] if out else path.stem) + '.ipynb')
         names[path.name] = new.name
         path.unlink()
@@ -213,6 +187,10 @@ def copy_sources(tmp):
     skip = shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__', '_proc', '*.tmp')
     for name in ('nbs', 'transformer_course'):
         shutil.copytree(ROOT / name, tmp / name, ignore=skip)
+    for path in (tmp / 'nbs').rglob('*.ipynb'):
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        page_cells.open_imports(nb)
+        path.write_text(json.dumps(nb), encoding='utf-8')
     os.chdir(tmp)
     sys.path.insert(0, str(tmp))
 
@@ -250,6 +228,9 @@ def render_in(tmp, out, dist):
             print(f'build_docs: {warning}', file=sys.stderr)
     finish(site.out, dist)
     unlink(site.out)
+    page_frames.frame(site.out)
+    site_search.write_search(site.out)
+    write_copies(site.out / 'notebooks')
     problems = check(site.out)
     if out.exists():
         if any(out.iterdir()) and not (out / 'site_libs').is_dir():
@@ -257,6 +238,15 @@ def render_in(tmp, out, dist):
         shutil.rmtree(out)
     shutil.copytree(site.out, out)
     return site, problems
+
+
+def write_copies(out):
+    "Copies of the notebooks that install the course where it is missing, under their own names."
+    for path in notebook_paths():
+        nb = page_cells.to_run_elsewhere(json.loads(path.read_text(encoding='utf-8')))
+        to = out / path.relative_to(ROOT / 'nbs')
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
 
 
 # ---------------------------------------------------------------- what smalldocs leaves to do

@@ -11,6 +11,8 @@ shows its record; TRANSFORMER_COURSE_LONG=1 runs it anew, and with --record repl
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from transformer_course.files import write_file
 
 KERNELSPEC = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
 MACHINE = re.compile(r'(?:/home/|/root/|/Users/|/tmp/|/work/)[\w./-]*')
+MANY = 20_000  # more colours than this has no drawing
 os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 
 
@@ -54,13 +57,34 @@ def is_stream(out):
     return out.get('output_type') == 'stream'
 
 
+def smaller(png):
+    "A picture in base64, with a palette where that is smaller; a drawing loses nothing to see."
+    from PIL import Image
+
+    data = base64.b64decode(png)
+    shown = Image.open(io.BytesIO(data))
+    if shown.mode not in ('RGB', 'RGBA') or len(shown.getcolors(2**24) or ()) > MANY:
+        return png  # a photograph, or small already
+    packed = io.BytesIO()
+    few = shown.convert('RGB').quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(packed, 'PNG', optimize=True, dpi=shown.info.get('dpi'))
+    best = min(data, packed.getvalue(), key=len)
+    return base64.b64encode(best).decode() + '\n'
+
+
 def tidy(outputs):
-    "Outputs with streams merged, carriage returns resolved; empty streams and metadata dropped."
+    """Outputs with streams merged, carriage returns resolved, pictures packed.
+
+    Empty streams are dropped, and metadata but for the size at which a picture is shown.
+    """
     kept = []
     for out in outputs:
         out.pop('transient', None)
         if out.get('output_type') in ('display_data', 'execute_result'):
-            out['metadata'] = {}
+            size = out.get('metadata', {}).get('image/png')
+            out['metadata'] = {'image/png': size} if size else {}
+        if 'image/png' in out.get('data', {}):
+            out['data']['image/png'] = smaller(out['data']['image/png'])
         goes_on = kept and is_stream(out) and is_stream(kept[-1])
         if goes_on and kept[-1]['name'] == out['name']:
             kept[-1]['text'] += out['text']

@@ -9,7 +9,7 @@ __all__ = ['running_mean', 'plot_losses', 'plot_bars', 'plot_by_depth', 'plot_hi
 import numpy as np
 
 from .figures import COLORS, GREY, PAPER
-from .figures import as_array, axes_or_new, label_axes, style
+from .figures import as_array, axes_or_new, colors_of, label_axes, style
 
 # %% ../nbs/support/plots.ipynb #8d4e4bfe
 def _xy(
@@ -60,9 +60,8 @@ def plot_losses(
     "Curves over steps, with levels to compare them with"
     with style():
         ax = axes_or_new(ax)
-        for i, (name, curve) in enumerate(curves.items()):
+        for (name, curve), color in zip(curves.items(), colors_of(curves)):
             x, y = _xy(curve)
-            color = COLORS[i % len(COLORS)]
             if smooth > 1 and len(y) >= 2 * smooth:
                 ax.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
                 y = running_mean(y, smooth)
@@ -112,9 +111,9 @@ def plot_by_depth(
     "A value for each layer, layers counted from 1"
     with style():
         ax = axes_or_new(ax)
-        for i, (name, curve) in enumerate(curves.items()):
-            y = as_array(curve)
-            look = dict(color=COLORS[i % len(COLORS)], marker='osD^vP*'[i % 7], markersize=4.5)
+        for i, (name, color) in enumerate(zip(curves, colors_of(curves))):
+            y = as_array(curves[name])
+            look = dict(color=color, marker='osD^vP*'[i % 7], markersize=4.5)
             ax.plot(range(1, len(y) + 1), y, label=name, **look)
         if log:
             ax.set_yscale('log')
@@ -137,8 +136,7 @@ def plot_hist(
     edges = np.histogram_bin_edges(np.concatenate(list(data.values())), bins)
     with style():
         ax = axes_or_new(ax)
-        for i, (name, x) in enumerate(data.items()):
-            color = COLORS[i % len(COLORS)]
+        for (name, x), color in zip(data.items(), colors_of(data)):
             look = dict(facecolor=color + '40', edgecolor=color, linewidth=1.4)
             ax.hist(x, edges, density=density, histtype='stepfilled', label=name, **look)
         if len(data) > 1:

@@ -167,7 +167,8 @@ def plot_room(
             factors = [room(r) for _, r in entry.asked]
             for met, marker, color in ((True, 'o', COLORS[0]), (False, 'X', COLORS[1])):
                 x = [min(max(f, low), high) for f in factors if (f >= 1) == met]
-                ax.plot(x, [y] * len(x), marker, color=color, **look)
+                if x:  # a line without points would be given room all the same
+                    ax.plot(x, [y] * len(x), marker, color=color, **look)
         ax.axvline(1, color=GREY, linewidth=1.2)
         names = [e.claim.id if e.found else f'{e.claim.id} (planned)' for e in entries]
         ax.set_yticks(range(len(entries)), names)
