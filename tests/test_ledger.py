@@ -277,8 +277,9 @@ def test_execute_records_and_stamps(tmp_path, monkeypatch, capsys):
 
 
 def test_other_outputs(copy):
-    doctor(copy / 'nbs' / '07_gpt.ipynb', '124,439,808', '124,439,809', count=-1)
-    assert any(p.startswith('nbs/07_gpt.ipynb: its outputs do not') for p in records.problems(copy))
+    doctor(copy / 'nbs' / '07_gpt2.ipynb', '124,439,808', '124,439,809', count=-1)
+    found = records.problems(copy)
+    assert any(p.startswith('nbs/07_gpt2.ipynb: its outputs do not') for p in found)
 
 
 def test_record_not_in_the_table(copy):
@@ -392,7 +393,7 @@ def test_committed_quotes_follow_their_records():
 
 
 def test_pages_show_the_records(copy):
-    rewrite(jsonl(copy, '06_block'), altered(lambda r: r['claim'] == 'B4', value=12.5))
+    rewrite(jsonl(copy, '06_depth'), altered(lambda r: r['claim'] == 'B4', value=12.5))
     found = '\n'.join(records.problems(copy))
     assert 'nbs/ledger.ipynb does not show the records' in found
     assert 'nbs/index.ipynb does not show the records' in found
