@@ -25,9 +25,11 @@ CELL = 4  # tokens: a mark, a key, a value, a filler
 TOKENS = Vocabulary(dict(mark=2, key=64, value=16, filler=16))
 TELL, ASK = TOKENS.encode('mark', [0, 1]).tolist()
 
-# %% ../nbs/26_memory.ipynb #f7e6447c
-def check_stream(tokens: int, facts: int, events: int) -> None:  # see `fact_stream`
+# %% ../nbs/26_memory.ipynb #26cb8433
+def check_stream(count: int, tokens: int, facts: int, events: int) -> None:  # see `fact_stream`
     "Raise a `ValueError` that names what does not fit into a stream."
+    if count < 1:
+        raise ValueError(f'count={count} must be at least 1')
     if tokens < CELL or tokens % CELL:
         raise ValueError(f'tokens={tokens} must be a multiple of {CELL}, the tokens of a cell')
     if not 1 <= facts <= TOKENS.sizes['key']:
@@ -37,7 +39,7 @@ def check_stream(tokens: int, facts: int, events: int) -> None:  # see `fact_str
     if not 1 <= events <= tokens // CELL:
         raise ValueError(f'events={events} must be from 1 to the {tokens // CELL} cells')
 
-# %% ../nbs/26_memory.ipynb #98b34b9a
+# %% ../nbs/26_memory.ipynb #596fe061
 def fact_stream(
     count: int,  # B, rows
     tokens: int,  # N, tokens in a row, a multiple of CELL
@@ -46,7 +48,7 @@ def fact_stream(
     generator: torch.Generator,  # decides everything
 ) -> tuple[Tensor, Tensor, Tensor]:  # x, targets, tokens back to the last mention; (B, N) each
     "Streams that tell facts and ask for them; only answers are scored."
-    check_stream(tokens, facts, events)
+    check_stream(count, tokens, facts, events)
     cells = torch.rand(count, tokens // CELL, generator=generator).argsort(1)
     at = CELL * cells[:, :events].sort(1).values  # (B, events) where each begins
     fact = torch.randint(facts, (count, events), generator=generator)
@@ -98,7 +100,7 @@ def recall(
         mask = nearest(q, k, top, mask)
     return scaled_dot_product_attention(q * sharpness, k, v, mask, 1.0)
 
-# %% ../nbs/26_memory.ipynb #ab083b70
+# %% ../nbs/26_memory.ipynb #ba4caf4c
 def earlier_segments(
     tokens: int,  # N, in the stream
     segment: int,  # tokens in a segment
@@ -106,6 +108,8 @@ def earlier_segments(
     device: str | torch.device | None = None,  # where the mask is put
 ) -> Tensor:  # (N, N) bool, True where the query may look
     "A query may look at what was in memory when its segment began."
+    if segment < 1 or (room is not None and room < 1):
+        raise ValueError(f'segment={segment} and room={room} must be at least 1')
     place = torch.arange(tokens, device=device)
     start = place // segment * segment  # where each query's segment begins
     age = start[:, None] - place  # (N, N) how long before that each key was written

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['memory_probs', 'last_states', 'neighbours', 'mixed_loss']
 
-# %% ../nbs/26_nearest_neighbours.ipynb #3959e869
+# %% ../nbs/26_nearest_neighbours.ipynb #fbf0454a
 import torch
 from torch import Tensor
 
 from .block import run_blocks
-from .gpt import GPT, embed
+from .generation import evaluating
+from .gpt import GPT, embed, score_bias
 
-# %% ../nbs/26_nearest_neighbours.ipynb #7c0b8d7e
+# %% ../nbs/26_nearest_neighbours.ipynb #666726ae
 def memory_probs(
     distances: Tensor,  # (Q, K) squared distances of each query's neighbours
     nexts: Tensor,  # (Q, K) the tokens that followed them
@@ -25,10 +26,12 @@ def memory_probs(
     if distances.shape != nexts.shape:
         shapes = f'{tuple(distances.shape)} and nexts {tuple(nexts.shape)}'
         raise ValueError(f'distances has shape {shapes}: give one token for each neighbour')
+    if nexts.numel() and not 0 <= nexts.min() <= nexts.max() < vocab_size:
+        raise ValueError(f'nexts holds {nexts.max()}: ids run from 0 to {vocab_size - 1}')
     votes = (-distances / temperature).softmax(-1)  # (Q, K)
     return votes.new_zeros(len(votes), vocab_size).scatter_add(1, nexts, votes)
 
-# %% ../nbs/26_nearest_neighbours.ipynb #e8eb1132
+# %% ../nbs/26_nearest_neighbours.ipynb #52c9d568
 @torch.no_grad()
 def last_states(
     model: GPT,  # trained
@@ -39,16 +42,17 @@ def last_states(
     if ids.dim() != 1 or len(ids) <= T or T < 2:
         raise ValueError(f'ids has shape {tuple(ids.shape)}: give one text of more than {T} tokens')
     half, found = T // 2, []
+    how = dict(rotary=model.rotary, mask=score_bias(model.config, T, T, None, ids.device))
     for starts in torch.arange(0, len(ids) - T, half).split(64):
         rows = ids[starts[:, None] + torch.arange(T + 1)]  # (B, T+1)
-        x = embed(model, rows[:, :-1])
-        x = model.transformer.ln_f(run_blocks(model.transformer.h, x, rotary=model.rotary))
-        x = x[:, T - half :].flatten(0, 1)  # (B, T, C) -> (B*half, C)
-        nexts = rows[:, T - half + 1 :].flatten()
-        found.append((x, nexts, model.lm_head(x).log_softmax(-1)))
+        with evaluating(model):
+            x = run_blocks(model.transformer.h, embed(model, rows[:, :-1]), **how)
+            x = model.transformer.ln_f(x[:, T - half :]).flatten(0, 1)  # (B, T, C) -> (B*half, C)
+            log_probs = model.lm_head(x).log_softmax(-1)
+        found.append((x, rows[:, T - half + 1 :].flatten(), log_probs))
     return tuple(torch.cat(parts) for parts in zip(*found))
 
-# %% ../nbs/26_nearest_neighbours.ipynb #13eb6b03
+# %% ../nbs/26_nearest_neighbours.ipynb #955d0158
 @torch.no_grad()
 def neighbours(
     queries: Tensor,  # (Q, C)
@@ -59,6 +63,9 @@ def neighbours(
     "Exact nearest neighbours in a store that grows, by scikit-learn."
     from sklearn.neighbors import NearestNeighbors
 
+    if queries.dim() != 2 or queries.shape[1:] != keys.shape[1:]:
+        shapes = f'{tuple(queries.shape)} and keys {tuple(keys.shape)}'
+        raise ValueError(f'queries has shape {shapes}: give (Q, C) and (M, C)')
     steps = list(zip([0, *sizes], sizes))
     if not sizes or any(low >= high for low, high in steps) or sizes[-1] > len(keys) or top < 1:
         raise ValueError(f'sizes={sizes} must grow from 1 to at most {len(keys)}, top={top} from 1')
