@@ -53,6 +53,7 @@ ARGUMENTS = dict(  # of the smallest model of each class
     InContextRegressor=dict(d=3, n_layer=1, n_head=2, n_embd=8),
     MLPLanguageModel=dict(vocab_size=5, context=2, n_embd=4, n_hidden=6),
     MaskedLM=SHAPE | BERT | dict(pooler=False),
+    MemoryGPT=SHAPE | dict(segment=4),
     NeuralGPU=dict(channels=4, steps=3),
     RecurrentLanguageModel=dict(vocab_size=5, n_embd=4, n_hidden=6, kind='gru'),
     Seq2Seq=dict(vocab_size=5, n_embd=4, n_hidden=6, attention=True),

@@ -116,6 +116,7 @@ MODELS: dict[str, str] = {  # class -> its module in this package
     'InContextRegressor': 'experiments.regression',
     'MLPLanguageModel': 'before',
     'MaskedLM': 'bert',
+    'MemoryGPT': 'memory',
     'NeuralGPU': 'experiments.neural_gpu',
     'RecurrentLanguageModel': 'before',
     'Seq2Seq': 'seq2seq',
