@@ -265,3 +265,11 @@ def test_bad_input_is_named(case):
     words, call = [*bad_calls()][case]
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_dropout_is_off_while_we_measure_and_back_afterwards():
+    model, idx = lively(dropout=0.5), prompt(4, 10)
+    expected = text_nats(model, idx), class_directions(model, [idx, idx.flip(0)], 0)
+    model.train()
+    found = text_nats(model, idx), class_directions(model, [idx, idx.flip(0)], 0)
+    assert all(map(torch.equal, expected, found)) and all(m.training for m in model.modules())

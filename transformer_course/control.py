@@ -6,7 +6,7 @@
 __all__ = ['plain_text', 'NGramJudge', 'control_batches', 'text_nats', 'guided_logits', 'GuidedModel', 'distinct_grams',
            'check_layer', 'class_directions', 'steered']
 
-# %% ../nbs/27_control.ipynb #ad4f7bbc
+# %% ../nbs/27_control.ipynb #05f55d02
 import math
 import re
 import unicodedata
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .before import NGram, gram_codes
 from .data import get_batch
+from .generation import evaluating
 from .gpt import GPT
 
 # %% ../nbs/27_control.ipynb #91d01086
@@ -84,7 +85,7 @@ def control_batches(
 
     return draw
 
-# %% ../nbs/27_control.ipynb #115e8ff1
+# %% ../nbs/27_control.ipynb #c3963234
 @torch.no_grad()
 def text_nats(
     model: nn.Module,  # `model(idx) -> (logits, None)`
@@ -94,7 +95,8 @@ def text_nats(
     "What each text costs under the control token that it begins with."
     if not 1 <= first < idx.shape[1]:
         raise ValueError(f'first={first} must be from 1 to T-1={idx.shape[1] - 1}')
-    logp = model(idx[:, :-1])[0].log_softmax(-1)  # (B, T-1, V)
+    with evaluating(model):
+        logp = model(idx[:, :-1])[0].log_softmax(-1)  # (B, T-1, V)
     return -logp.gather(-1, idx[:, 1:, None])[:, first - 1 :, 0].mean(1)
 
 # %% ../nbs/27_control.ipynb #c6b52ffe
@@ -173,7 +175,7 @@ def check_layer(model: GPT, layer: int) -> None:
     if not 0 <= layer < blocks:
         raise ValueError(f'layer={layer} must be from 0 to {blocks - 1}: the model has {blocks}')
 
-# %% ../nbs/27_control.ipynb #1a46fab1
+# %% ../nbs/27_control.ipynb #91363a11
 @torch.no_grad()
 def class_directions(
     model: GPT,
@@ -193,8 +195,9 @@ def class_directions(
     look = lambda block, args, out: means.append(out[:, skip:].mean((0, 1)))
     hook = model.transformer.h[layer].register_forward_hook(look)
     try:
-        for rows in groups:
-            model(rows)
+        with evaluating(model):
+            for rows in groups:
+                model(rows)
     finally:
         hook.remove()
     means = torch.stack(means)
