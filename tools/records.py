@@ -71,10 +71,8 @@ def unreasoned(records):
 def outdated(root, records):
     "Pages made from list and records that show something else than these."
     entries = ledger(records)
-    pages = {
-        'ledger': [tally(entries), *(group_text(entries, letter) for letter in GROUPS)],
-        'index': [summary(entries)],
-    }
+    groups = [group_text(entries, letter) for letter in GROUPS]
+    pages = {'ledger': [tally(entries), summary(entries), *groups], 'index': [tally(entries)]}
     for page, texts in pages.items():
         shown = outputs(read_cells(root / 'nbs' / f'{page}.ipynb'), 'text/markdown')
         if any(text.strip() not in shown for text in texts):
