@@ -13,11 +13,13 @@ import json
 import re
 import sys
 
-from cells import ROOT, directives
+from cells import ROOT, directives, settings
 
 sys.path.insert(0, str(ROOT))
 from transformer_course.files import write_file
 
+SHIELD = 'https://img.shields.io/badge'
+COLAB = 'https://colab.research.google.com'
 HIDDEN = {'hide', 'export', 'exports', 'exporti', 'default_exp'}
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 ANSI = re.compile(r'\x1b\[[\d;]*m')
@@ -69,10 +71,30 @@ def output(out, files):
     return f"```\n{data['text/plain'].rstrip()}\n```" if 'text/plain' in data else ''
 
 
+def badges():
+    "A row of badges: only here, since the site's pages load nothing from elsewhere."
+    about = settings()
+    home, branch = about['git_url'], about['branch']
+    tests = f'{home}/actions/workflows/test.yaml'
+    first = home.replace('https://github.com', f'{COLAB}/github')
+    first += '/blob/colab/nbs/03_attention.ipynb'
+    site = about['doc_host'] + about['doc_baseurl']
+    rows = [
+        f'[![tests]({tests}/badge.svg)]({tests})',
+        f'[![site]({SHIELD}/read-the_site-2f6f9f)]({site})',
+        f'[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({first})',
+        f"![Python]({SHIELD}/python-{about['min_python']}_and_newer-2f6f9f)",
+        f'[![Apache 2.0]({SHIELD}/licence-Apache_2.0-2f6f9f)]({home}/blob/{branch}/LICENSE)',
+    ]
+    return '\n'.join(rows)
+
+
 def readme(nb):
     "README.md's text for the notebook `nb`, and its pictures as {path: bytes}."
     parts, files = [], {}
-    for cell in nb['cells']:
+    for i, cell in enumerate(nb['cells']):
+        if i == 1:
+            parts.append(badges())
         source = ''.join(cell['source']).strip()
         if cell['cell_type'] == 'markdown':
             parts.append(outside_code(source, relink))
