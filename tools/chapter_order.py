@@ -30,7 +30,8 @@ def mapped(nbs):
     front = Path(nbs) / 'index.ipynb'
     cells = read_cells(front) if front.exists() else []
     prose = '\n'.join(cell['source'] for cell in cells if cell['cell_type'] == 'markdown')
-    return {name: i for i, name in enumerate(dict.fromkeys(LINK.findall(prose)))}
+    rows = '\n'.join(line for line in prose.splitlines() if line.startswith('|'))
+    return {name: i for i, name in enumerate(dict.fromkeys(LINK.findall(rows)))}
 
 
 def in_order(names, before, rank):
