@@ -241,3 +241,14 @@ def test_the_bibliography_is_what_the_chapters_name():
     (shown,) = [out['data']['text/markdown'] for c in cells for out in c.get('outputs', [])]
     now = '\n'.join(reading_line(paper, folder) for paper in bibliography(folder))
     assert ''.join(shown) == now and now.count('\n') > 100
+
+
+@every_notebook
+def test_no_switch_is_left_thrown(nb):
+    "Tests run several notebooks in one process: what one switches off is off for the next."
+    for cell in nb.code:
+        for node in tree(cell['source']).body:
+            call = node.value if isinstance(node, ast.Expr) else None
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ''
+            thrown = name in ('torch.set_grad_enabled', 'torch.set_default_dtype')
+            assert not thrown, f'{name} at the top of a cell: use it with `with`'
