@@ -219,7 +219,6 @@ BAD = [
     ([*MY, '--parallel', 'carpool'], ["parallel='carpool'", 'ddp']),
     (['sample', '--int8', '--device', 'cuda'], ['--int8', 'CPU']),
     (['fly'], ['fly', 'train']),
-    ([], ['train']),
 ]
 FILES = {
     'empty.txt': b'',
