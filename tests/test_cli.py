@@ -319,12 +319,12 @@ def test_ctrl_c_saves_the_update_in_hand_and_says_how_to_go_on(run, number):
 
 
 IMPATIENT = """
-import os, signal, sys
+import signal, sys
 
 class Pressed:
     def find_spec(self, name, path=None, target=None):
         if name == 'torch.nn':  # well inside the import of PyTorch
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may wake another
 
 sys.meta_path.insert(0, Pressed())
 sys.argv = ['transformer-course', 'info']
