@@ -524,7 +524,7 @@ def test_what_the_help_lists_is_taken_and_nothing_else():
             continue
         for choice in choices:
             part(**{name: choice})
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match='norm' if 'norm' in name else name):
             part(**{name: 'something else'})
 
 

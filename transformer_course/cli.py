@@ -107,7 +107,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:  # the parser, and one fo
             name,
             usage=f'transformer-course {name} [--FLAG VALUE ...]',
             help=command.about,
-            description=f'{command.about} Defaults stand in [brackets].',
+            description=f'{command.about}\nDefaults stand in [brackets].',
             epilog=EXAMPLES.get(name),
         )
         for part in command.parts:
