@@ -324,8 +324,9 @@ import signal, sys
 class Pressed:
     def find_spec(self, name, path=None, target=None):
         if name == 'torch.nn':  # well inside the import of PyTorch
-            signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may wake another
+            signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
 sys.meta_path.insert(0, Pressed())
 sys.argv = ['transformer-course', 'info']
 from importlib.metadata import entry_points
