@@ -14,12 +14,13 @@ import re
 import sys
 
 from cells import ROOT, directives, settings
+from page_cells import addresses
 
 sys.path.insert(0, str(ROOT))
 from transformer_course.files import write_file
 
 SHIELD = 'https://img.shields.io/badge'
-COLAB = 'https://colab.research.google.com'
+COLAB = 'https://colab.research.google.com/assets/colab-badge.svg'
 HIDDEN = {'hide', 'export', 'exports', 'exporti', 'default_exp'}
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 ANSI = re.compile(r'\x1b\[[\d;]*m')
@@ -76,13 +77,12 @@ def badges():
     about = settings()
     home, branch = about['git_url'], about['branch']
     tests = f'{home}/actions/workflows/test.yaml'
-    first = home.replace('https://github.com', f'{COLAB}/github')
-    first += '/blob/colab/nbs/03_attention.ipynb'
+    _, first = addresses('nbs/03_attention.ipynb', '')['Open in Colab']
     site = about['doc_host'] + about['doc_baseurl']
     rows = [
         f'[![tests]({tests}/badge.svg)]({tests})',
         f'[![site]({SHIELD}/read-the_site-2f6f9f)]({site})',
-        f'[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({first})',
+        f'[![Open in Colab]({COLAB})]({first})',
         f"![Python]({SHIELD}/python-{about['min_python']}_and_newer-2f6f9f)",
         f'[![Apache 2.0]({SHIELD}/licence-Apache_2.0-2f6f9f)]({home}/blob/{branch}/LICENSE)',
     ]
