@@ -141,6 +141,7 @@ def open_chat(config: ChatConfig) -> Chat:
     return Chat(model, tokenizer, config.system, config.max_new_tokens, **how)
 
 # %% ../nbs/support/chat_command.ipynb #4817e0db
+@torch.inference_mode()  # nothing is trained after it: less is kept in mind for each tensor
 def say(chat: Chat, text: str) -> None:
     "Print the answer to `text` while it is written."
     for piece in chat.answer(text):

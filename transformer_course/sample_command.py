@@ -153,6 +153,7 @@ def open_writer(
     return model, tokenizer_from(about['tokenizer'])
 
 # %% ../nbs/support/sample_command.ipynb #459c494d
+@torch.inference_mode()  # nothing is trained after it: less is kept in mind for each tensor
 def run_sample(config: SampleConfig) -> None:
     "`transformer-course sample`: text from a checkpoint, printed as it is drawn."
     model, tokenizer = open_writer(config)
