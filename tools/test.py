@@ -23,7 +23,7 @@ from pathlib import Path
 
 from cells import ROOT
 
-WORKERS = 2  # notebooks at a time
+WORKERS = 2  # notebooks, and files of tests, at a time
 LIMIT = 30 * 60  # seconds for all notebooks: nbdev_test has no limit of its own
 BUDGET = 120  # seconds for one notebook
 BEGAN = time.time()
@@ -150,8 +150,12 @@ def notebooks():
 
 def tests():
     "What cannot live in a notebook: the command, the site and JupyterLab in a browser, the wheel."
-    env = environment(COURSE_TESTS_BEGAN=str(BEGAN))
-    return run([sys.executable, '-m', 'pytest'], cwd=ROOT, env=env)[0]
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    env = environment(COURSE_TESTS_BEGAN=str(BEGAN), OMP_NUM_THREADS=str(threads))
+    # the tests of one file share what is dear: the site, a trained run; in the files' own order,
+    # since the one with the fewest tests, which would come last, takes longest
+    share = ['-n', str(WORKERS), '--dist', 'loadfile', '--no-loadscope-reorder']
+    return run([sys.executable, '-m', 'pytest', *share], cwd=ROOT, env=env)[0]
 
 
 def tree():
