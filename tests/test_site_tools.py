@@ -11,6 +11,7 @@ from cells import ROOT, notebook_paths, read_cells, settings
 
 from alt_texts import alt_texts
 from chapter_order import chapters, in_order
+from dark_figures import dark_drawings, for_dark
 from page_cells import (
     drawn,
     fold_drawing,
@@ -242,3 +243,59 @@ def test_a_picture_is_shown_at_its_size_and_stored_small():
     assert len(packed) < 0.8 * len(made.getvalue()) and packed[25] == 3  # 3: it has a palette
     assert size_of(packed[:1500]) == size_of(made.getvalue()) == (440, 220)
     assert smaller(base64.b64encode(packed).decode()).strip() == base64.b64encode(packed).decode()
+
+
+def drawn_png(draw):
+    "A figure of the course as the notebooks store it."
+    import matplotlib
+
+    matplotlib.use('agg')
+    from transformer_course.figures import figure, style
+
+    with style():
+        fig, ax = figure(width=3, height=2)
+        draw(ax)
+        made = io.BytesIO()
+        fig.savefig(made, dpi=220)
+    return made.getvalue()
+
+
+def test_a_drawing_has_a_dark_version():
+    "No paper, light text, the same hue for each name; a picture has none."
+    from PIL import Image
+
+    from transformer_course.figures import COLORS
+
+    def draw(ax):
+        for i, color in enumerate(COLORS):
+            ax.barh(i, 1, color=color)
+        ax.set_title('all of them')
+
+    png = drawn_png(draw)
+    before, after = (Image.open(io.BytesIO(p)) for p in (png, for_dark(png)))
+    assert before.size == after.size and after.mode == 'P'
+    before, after = before.convert('RGB'), after.convert('RGBA')
+    assert after.getpixel((3, 3))[3] == 0, 'paper is left'
+    for color in COLORS[:-1]:
+        ink = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+        places = [(x, y) for x in (300,) for y in range(before.height)]
+        ((r, g, b, a),) = {after.getpixel(p) for p in places if before.getpixel(p) == ink}
+        order = lambda c: sorted(range(3), key=lambda i: c[i])
+        assert a == 255 and order(ink)[0] == order((r, g, b))[0] and max(r, g, b) > 180
+    text = after.crop((0, 0, 300, 40)).getcolors(2**16)
+    assert all(min(c[:3]) > 230 for _, c in text if c[3] > 40), 'dark letters'
+
+    photo = drawn_png(lambda ax: ax.imshow([[0, 1], [2, 3]], cmap='magma', aspect='auto'))
+    assert for_dark(photo) is None
+
+
+def test_only_what_is_ink_gets_a_dark_version(tmp_path):
+    "A page keeps its pictures; the two versions have the same words and the same size."
+    png = base64.b64encode(drawn_png(lambda ax: ax.plot([1, 2]))).decode()
+    image = f'<img alt="A line." src="data:image/png;base64,{png}" width="3" class="img-fluid">'
+    page = f'{image}<div class="ink"><div>{image}</div></div><div>{image}</div>'
+    found = dark_drawings(page, tmp_path / 'dark', '../dark')
+    (file,) = (tmp_path / 'dark').iterdir()
+    assert found.count('<img') == 4 and found.startswith(image) and found.endswith(f'{image}</div>')
+    dark = f'<img alt="A line." src="../dark/{file.name}" loading="lazy" width="3"'
+    assert f'{dark} class="img-fluid on-dark">' in found and 'class="img-fluid on-light">' in found
