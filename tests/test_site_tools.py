@@ -5,11 +5,12 @@ import io
 import json
 import re
 import textwrap
+from collections import Counter
 
 import pytest
 from cells import ROOT, notebook_paths, read_cells, settings
 
-from alt_texts import alt_texts
+from alt_texts import WRITTEN, alt_texts
 from chapter_order import chapters, in_order
 from dark_figures import dark_drawings, for_dark
 from page_cells import (
@@ -26,6 +27,8 @@ from page_cells import (
 )
 from page_frames import page_of
 from prose_links import chapter_names, linked
+
+from transformer_course.course.scoreboard import standings
 
 every = pytest.mark.parametrize('path', notebook_paths(), ids=lambda path: path.stem)
 PICTURE = {'output_type': 'display_data', 'data': {'image/png': ''}}
@@ -128,6 +131,43 @@ def test_every_figure_has_a_sentence(path):
         assert len(text.split()) >= 5 and len(text) >= 30, f'this says little: {text!r}'
         assert text[0].isupper() and not re.search(r'["`]|\(\)|“”', text), text
     assert len(set(texts)) == len(texts), 'two figures say the same'
+
+
+def test_sentences_follow_what_a_cell_knows():
+    "A name means what it meant there, a parameter what it was given, a loop's name nothing."
+    draws = "def show(what):\n    plot_losses(all, ylabel=what, xlabel='place in the chain')"
+    first = code(
+        "axis = dict(xlabel='updates taken')\nplot_losses(c, **axis, ylabel='loss')", PICTURE
+    )
+    loop = code("for name in many:\n    ax.plot(x, label=name)\nax.set_title('t')", PICTURE)
+    then = code("axis = dict(xlabel='examples')\nname = 'a record'\nwhat = 'nothing'")
+    nb = {'cells': [code(draws), first, loop, then, code("show('squared error')", PICTURE)]}
+    alt_texts(nb)
+    found = [source(cell).splitlines()[0] for cell in nb['cells'] if drawn(cell)]
+    assert 'against updates taken' in found[0] and 'examples' not in found[0]
+    assert 'record' not in found[1] and 'squared error against place in the chain' in found[2]
+
+
+def test_a_scoreboard_is_told_in_numbers():
+    "As the picture has them: those before, those of the chapter, the two marks."
+    nb = {'cells': [code("scoreboard('03_attention');", PICTURE)]}
+    alt_texts(nb)
+    told = source(nb['cells'][0]).splitlines()[0]
+    rows = standings('03_attention')
+    assert all(f'{r.name} {r.median:.3f}' in told for r in rows)
+    before, own = told.split('New here, in orange: ')
+    assert 'RNN' in before and own.startswith('one head') and '5-gram and the RNN' in own
+
+
+def test_written_sentences_belong_to_figures():
+    "Each text in tools/site/alt_texts.json is that of one figure, and is what its page says."
+    cells = [c for path in notebook_paths() for c in read_cells(path)]
+    shown = Counter(c['id'] for c in cells if c['cell_type'] == 'code' and drawn(c))
+    assert not [id for id in WRITTEN if shown[id] != 1], 'of no figure, or of several'
+    id = next(iter(WRITTEN))
+    nb = {'cells': [code('plot(1)', PICTURE) | {'id': id}]}
+    alt_texts(nb)
+    assert source(nb['cells'][0]).startswith(f'#| fig-alt: "{WRITTEN[id]}"\n')
 
 
 def blank_share(png):
