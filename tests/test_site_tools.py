@@ -1,6 +1,7 @@
 "What the site makes of notebooks: folds, rows, sentences for figures, links, copies, the order."
 
 import base64
+import html
 import io
 import json
 import re
@@ -51,6 +52,14 @@ def test_imports_follow_the_opening_words():
     fold = '#| course-fold: Setup\n'
     wanted = ['# T', '#| default_exp x', 'By the end', f'{fold}import math']
     assert found == [*wanted, f"{fold}claims = Claims('x')", f'{fold}import os', 'x = 1']
+
+
+def test_no_fold_of_what_is_not_shown():
+    "A page that shows no code has no Setup: its imports are not there to be copied."
+    cells = [prose('# T'), prose('By the end'), code('#| echo: false\nimport math'), prose('x')]
+    nb = {'cells': [dict(cell) for cell in cells]}
+    open_imports(nb)
+    assert nb['cells'] == cells and len(folds(nb['cells'])) == len(cells)
 
 
 REFUSED = (
@@ -339,3 +348,21 @@ def test_only_what_is_ink_gets_a_dark_version(tmp_path):
     assert found.count('<img') == 4 and found.startswith(image) and found.endswith(f'{image}</div>')
     dark = f'<img alt="A line." src="../dark/{file.name}" loading="lazy" width="3"'
     assert f'{dark} class="img-fluid on-dark">' in found and 'class="img-fluid on-light">' in found
+
+
+def test_the_moving_picture_cuts_nothing_off():
+    "A long line goes on in the next row, and the rows are as wide as the picture."
+    from build_cast import COLUMNS, draw, played
+
+    long = ''.join(chr(97 + i % 26) for i in range(2 * COLUMNS + 5))
+    shown = played([[(0.0, '$ train'), (8.0, long), (8.0, '')], [(0.0, '$ sample')]])
+    assert [line for _, line in shown][1:4] == [long[:COLUMNS], long[COLUMNS:-5], long[-5:]]
+    assert [line for _, line in shown][4:] == ['', '$ sample']
+    picture = draw(shown)
+    written = re.findall(r'<text [^>]*>([^<]*)</text>', (ROOT / 'nbs' / 'train.svg').read_text())
+    assert max(map(len, map(html.unescape, written))) <= COLUMNS
+    assert any(line.endswith('parameters') for line in written), 'a line is cut off'
+    assert (
+        re.search(r'viewBox="0 0 (\d+)', picture)[1]
+        == re.search(r'viewBox="0 0 (\d+)', (ROOT / 'nbs' / 'train.svg').read_text())[1]
+    )
