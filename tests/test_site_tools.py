@@ -149,8 +149,10 @@ def test_sentences_follow_what_a_cell_knows():
         "axis = dict(xlabel='updates taken')\nplot_losses(c, **axis, ylabel='loss')", PICTURE
     )
     loop = code("for name in many:\n    ax.plot(x, label=name)\nax.set_title('t')", PICTURE)
-    then = code("axis = dict(xlabel='examples')\nname = 'a record'\nwhat = 'nothing'")
-    nb = {'cells': [code(draws), first, loop, then, code("show('squared error')", PICTURE)]}
+    then = code("axis = dict(xlabel='examples')\nwhat = 'nothing'")
+    before = code("name = 'a record'")
+    last = code("show('squared error')", PICTURE)
+    nb = {'cells': [code(draws), first, before, loop, then, last]}
     alt_texts(nb)
     found = [source(cell).splitlines()[0] for cell in nb['cells'] if drawn(cell)]
     assert 'against updates taken' in found[0] and 'examples' not in found[0]
