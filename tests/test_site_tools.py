@@ -60,6 +60,10 @@ def test_no_fold_of_what_is_not_shown():
     nb = {'cells': [dict(cell) for cell in cells]}
     open_imports(nb)
     assert nb['cells'] == cells and len(folds(nb['cells'])) == len(cells)
+    example = [prose('# T'), prose('In use:'), code('import math'), code('math.pi')]
+    nb = {'cells': [dict(cell) for cell in example]}
+    open_imports(nb)
+    assert nb['cells'] == example, 'an example without its imports'
 
 
 REFUSED = (

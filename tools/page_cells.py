@@ -60,13 +60,14 @@ def open_imports(nb):
     """Show the imports that a page's code needs, below its opening words.
 
     A reader who copies code needs them; `#| export` and `#| hide` keep them off the page. Cells
-    between the title and the opening words, such as the list of claims, follow the words.
+    between the title and the opening words, such as the list of claims, follow the words. On a page
+    that is no module's, such as the front page, the imports of an example stay open beside it.
     """
-    cells, previous = nb['cells'], False
+    cells, previous, hidden = nb['cells'], False, re.compile(r'^#\| *(export|hide) *\n', re.M)
+    module = any('default_exp' in directives(source(c)) for c in cells)
     for cell in cells:
         setup = only_imports(cell) or (previous and opens_claims(cell))
-        if setup and not silent(cell):
-            hidden = re.compile(r'^#\| *(export|hide) *\n', re.M)
+        if setup and not silent(cell) and (module or hidden.search(source(cell))):
             cell['source'] = f'#| course-fold: {SETUP}\n{hidden.sub("", source(cell))}'
         previous = setup
     words = next((i for i, c in enumerate(cells[1:], 1) if c['cell_type'] == 'markdown'), 0)
