@@ -282,7 +282,7 @@ def test_beams_of_a_batch_do_not_mix():
     'call, said',
     [
         (lambda m: m(SRC[0], TARGETS), 'src has shape'),
-        (lambda m: m(SRC.float(), TARGETS), 'src has shape .*float32'),
+        (lambda m: m(SRC.float(), TARGETS), 'src has dtype .*float32'),
         (lambda m: m(F.pad(SRC, (0, 3)), TARGETS), 'source_size=9'),
         (lambda m: m(SRC + 9, TARGETS), 'src holds .* vocab_size=11'),
         (lambda m: m(SRC.masked_fill(SRC > 0, PAD), TARGETS), 'src has an empty row'),
