@@ -168,25 +168,31 @@ def one_life(folder, n, dice, found, disturb):
     return False
 
 
+def finished(folder, good, found):
+    "Compare a run that is done with the one that nobody disturbed, and make room for the next."
+    differ, wrong = compare(folder, good)
+    found['runs'] += 1
+    found['losses_that_differ'] += differ
+    found['log_lines_wrong'] += wrong
+    shutil.rmtree(folder)
+
+
 def random_signals(signals, seed=0):
-    "Runs in turn in one process and in two, until there were so many signals and a last run's end."
+    "Lives of a run in one process and of one in two, in turn; at last both come to their end."
     dice, found, began = random.Random(seed), dict.fromkeys(COUNTED, 0), time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
-        good = {}
-        for n in (1, 2):
+        good, runs, lives = {}, {n: Path(root) / f'run-{n}' for n in (1, 2)}, 0
+        for n in runs:
             (Path(root) / f'good-{n}').mkdir()
             ends(begin(Path(root) / f'good-{n}', n))
             good[n] = outcome(Path(root) / f'good-{n}')
-        while found['signals'] < signals:
-            n, folder = 1 + found['runs'] % 2, Path(root) / 'run'
-            folder.mkdir()
-            while not one_life(folder, n, dice, found, found['signals'] < signals):
-                pass
-            differ, wrong = compare(folder, good[n])
-            found['runs'] += 1
-            found['losses_that_differ'] += differ
-            found['log_lines_wrong'] += wrong
-            shutil.rmtree(folder)
+        while found['signals'] < signals or any(folder.exists() for folder in runs.values()):
+            n, disturb = 1 + lives % 2, found['signals'] < signals
+            lives += 1
+            if disturb:
+                runs[n].mkdir(exist_ok=True)
+            if runs[n].exists() and one_life(runs[n], n, dice, found, disturb):
+                finished(runs[n], good[n], found)
     how = dict(updates_a_run=UPDATES, updates_a_checkpoint=EVERY, seed=seed)
     return found | how | dict(seconds=round(time.perf_counter() - began, 1))
 

@@ -27,18 +27,15 @@ from transformer_course.before import (
     unroll,
 )
 from transformer_course.bigram import IGNORE_INDEX, evaluate, sample
+from transformer_course.dates import MONTHS, WEEKDAYS, date_forms, date_pairs
 from transformer_course.seq2seq import (
     END,
-    MONTHS,
     PAD,
-    WEEKDAYS,
     AdditiveAttention,
     Decoder,
     Encoder,
     Seq2Seq,
     additive_attention,
-    date_forms,
-    date_pairs,
     greedy,
 )
 

@@ -3,6 +3,7 @@ and a failure leaves the old one."""
 
 import json
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -71,15 +72,36 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize('name', MODELS)
+CLASSES = {
+    name: getattr(import_module(f'transformer_course.{module}'), name)
+    for name, module in MODELS.items()
+}
+
+
+@pytest.mark.parametrize('name', CLASSES)
 def test_every_model_of_the_course_comes_back(tmp_path, name):
-    cls = getattr(import_module(f'transformer_course.{MODELS[name]}'), name)
-    model = build_model(cls, ARGUMENTS[name])
+    model = build_model(CLASSES[name], ARGUMENTS[name])
     save_checkpoint(tmp_path / 'c', model, state=dict(step=7))
     loaded, about = load_model(tmp_path / 'c')
     assert type(loaded) is type(model) and same(loaded, model)
     assert loaded.config == model.config and not loaded.training
     assert about['step'] == 7 and about['model'] == name
+
+
+CHOICES = {  # model and field -> a class of settings, settings that are right, a field
+    f'{name}: {field.name}': (cls.config_class, ARGUMENTS[name], field.name)
+    for name, cls in CLASSES.items()
+    if hasattr(cls, 'config_class')
+    for field in fields(cls.config_class)
+    if field.type is str
+}
+
+
+@pytest.mark.parametrize('case', CHOICES)
+def test_a_wrong_choice_is_refused_under_its_own_name(case):
+    cls, right, name = CHOICES[case]
+    with pytest.raises(ValueError, match=f"^{name}='no such thing' "):
+        cls(**right | {name: 'no such thing'})
 
 
 @pytest.mark.parametrize('kw', GPTS, ids=str)

@@ -282,11 +282,12 @@ def test_beams_of_a_batch_do_not_mix():
     'call, said',
     [
         (lambda m: m(SRC[0], TARGETS), 'src has shape'),
-        (lambda m: m(SRC.float(), TARGETS), 'src has shape .*float32'),
+        (lambda m: m(SRC.float(), TARGETS), 'src has dtype .*float32'),
         (lambda m: m(F.pad(SRC, (0, 3)), TARGETS), 'source_size=9'),
         (lambda m: m(SRC + 9, TARGETS), 'src holds .* vocab_size=11'),
         (lambda m: m(SRC.masked_fill(SRC > 0, PAD), TARGETS), 'src has an empty row'),
         (lambda m: m(SRC.flip(1), TARGETS), 'pad on the right'),
+        (lambda m: m(torch.tensor([[3, PAD, 4]]), TARGETS[:1]), 'src .* before a token'),
         (lambda m: m(SRC, TARGETS[0]), 'targets has shape'),
         (lambda m: m(SRC, F.pad(TARGETS, (0, 4), value=IGNORE_INDEX)), 'block_size=9'),
         (lambda m: m(SRC, TARGETS.masked_fill(TARGETS == END, 3)), 'targets .* END=1'),

@@ -210,6 +210,13 @@ def test_a_stream_need_not_end_with_a_segment_and_nobody_sees_the_future():
     torch.testing.assert_close(model(ids, last_only=True)[0], model(ids)[0][:, -1:])
 
 
+def test_states_are_what_the_head_reads():
+    model, ids, read = lively(), some_ids(21), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    model(ids)
+    assert torch.equal(model.states(ids), read[0])
+
+
 def test_what_was_written_learns_only_if_asked():
     for grad in (True, False):
         attn = MemoryAttention(MemoryConfig(**SMALL, memory_grad=grad))

@@ -12,7 +12,6 @@ from transformer_course.experiments.real_model import (
     arrow_streams,
     copy_scores,
     label_margins,
-    last_stream,
     lay_out,
     lens,
     mean_writes,
@@ -73,7 +72,11 @@ def test_a_layout_refuses_half_an_example(bad):
 def test_the_stream_below_the_head_is_the_models_own(kind):
     model = some_model(**kind)
     idx = torch.randint(V, (3, 20), generator=rng())
-    close(model.lm_head(last_stream(model, idx)), model(idx)[0])
+    read = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    model(idx)
+    assert torch.equal(model.states(idx), read[0])
+    close(model.transformer.ln_f(streams(model, idx)[-1]), read[0])
 
 
 @every_kind

@@ -59,6 +59,21 @@ def test_a_good_notebook(tried):
     assert good and 'states 10 s: ok' in said
 
 
+def test_the_kernel_is_gone_afterwards(tried, monkeypatch):
+    "A hundred notebooks would otherwise leave a hundred kernels in memory."
+    managers, make = [], run_all.kernel_client
+
+    def noted(*args):
+        client = make(*args)
+        managers.append(client.km)
+        return client
+
+    monkeypatch.setattr(run_all, 'kernel_client', noted)
+    assert tried('1')[0]
+    [manager] = managers
+    assert not manager.has_kernel
+
+
 def test_a_cell_that_fails_whatever_its_directive(tried):
     good, said = tried(WORK, '#| slow\n1 / 0')
     assert not good and 'cell 2 fails' in said and 'ZeroDivisionError' in said

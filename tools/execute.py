@@ -159,7 +159,8 @@ async def run_cells(client, nb, env, left_out=skips):
     "Execute the cells of `nb` but for those left out: a failed cell or None, and CPU seconds."
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    async with client.async_setup_kernel(env=env):
+    # the manager is ours, and nbclient leaves the kernel of another's manager running
+    async with client.async_setup_kernel(env=env, cleanup_kc=True):
         pid = client.km.provisioner.process.pid
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != 'code' or not cell.source.strip() or left_out(cell.source):

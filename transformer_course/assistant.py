@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bigram import IGNORE_INDEX
+from .bigram import IGNORE_INDEX, cross_entropy
 
 # %% ../nbs/28_assistant.ipynb #8688aad5
 def instruction_rows(
@@ -51,9 +51,7 @@ def reply_logps(
             f'y has shape {tuple(y.shape)} and x {tuple(x.shape)}: give two (B, T), as '
             '`instruction_rows` makes them'
         )
-    logps = model(x)[0].log_softmax(-1)  # (B, T, V)
-    own = logps.gather(-1, y.clamp(min=0)[..., None])[..., 0]  # (B, T, 1) -> (B, T)
-    return own.masked_fill(y == IGNORE_INDEX, 0.0)
+    return -cross_entropy(model(x)[0], y, reduction='none')  # (B, T, V) -> (B, T)
 
 # %% ../nbs/28_assistant.ipynb #dfb76bae
 def tilted(

@@ -17,6 +17,7 @@ from .block import ACTIVATIONS, BlockConfig, make_blocks, norm_of, run_blocks
 from .gpt import check_ids, init_weights, strange_id
 from .multihead import padding_mask
 from .positions import Rotary
+from .seq2seq import real_tokens
 from .settings import check_choice
 
 # %% ../nbs/13_bert.ipynb #41fb5066
@@ -105,12 +106,7 @@ def check_rows(
 ) -> None:
     "Raise a `ValueError` that says what is wrong with a batch."
     check_ids(idx, config)
-    real = idx != config.pad_id
-    if not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
-        raise ValueError(
-            f'idx has a row without tokens, or padding {config.pad_id} before a token: '
-            'give each row a token and pad on the right'
-        )
+    real_tokens(idx, config.pad_id, 'idx')
     if types is None:
         return
     if types.shape != idx.shape:

@@ -38,14 +38,17 @@ IGNORE_INDEX = -100  # a target that is not scored: there is nothing to predict 
 def cross_entropy(
     logits: Tensor,  # (..., V) unnormalised log-probabilities
     targets: Tensor,  # (...,) the token that came; IGNORE_INDEX where nothing is scored
-) -> Tensor:  # a scalar, in nats per scored target
+    reduction: str = 'mean',  # 'none': each target by itself, 0 where nothing is scored
+) -> Tensor:  # a scalar, in nats per scored target; or (...,) nats
     "Mean negative log-probability of `targets`, as `torch.nn.functional.cross_entropy` has it."
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f'targets has shape {tuple(targets.shape)}, but logits {tuple(logits.shape)}: '
             'targets must have the shape of logits without its last axis'
         )
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
+    how = dict(ignore_index=IGNORE_INDEX, reduction=reduction)
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **how)
+    return loss.view(targets.shape) if reduction == 'none' else loss
 
 # %% ../nbs/01_bigram.ipynb #94377af3
 def count_targets(

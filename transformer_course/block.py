@@ -113,7 +113,7 @@ def make_norm(
     eps: float = 1e-5,  # keeps the division finite
 ) -> nn.Module:
     "The norm called `kind`."
-    check_choice('norm', kind, NORMS)
+    check_choice('kind', kind, NORMS)
     if kind == 'rms':
         return RMSNorm(n_embd, eps)
     if kind == 'none':

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .before import NGram, gram_codes
+from .bigram import cross_entropy
 from .data import get_batch
 from .generation import evaluating
 from .gpt import GPT
@@ -96,8 +97,8 @@ def text_nats(
     if not 1 <= first < idx.shape[1]:
         raise ValueError(f'first={first} must be from 1 to T-1={idx.shape[1] - 1}')
     with evaluating(model):
-        logp = model(idx[:, :-1])[0].log_softmax(-1)  # (B, T-1, V)
-    return -logp.gather(-1, idx[:, 1:, None])[:, first - 1 :, 0].mean(1)
+        logits, _ = model(idx[:, :-1])  # (B, T-1, V)
+    return cross_entropy(logits, idx[:, 1:], reduction='none')[:, first - 1 :].mean(1)
 
 # %% ../nbs/27_control.ipynb #c6b52ffe
 def guided_logits(

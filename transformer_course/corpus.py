@@ -193,8 +193,8 @@ def validate_whole(
     parallel,  # which process this is, and of how many
     windows: int = 512,  # in a piece
     at_most: int = END_TOKENS,  # tokens: of a longer text, pieces that are spread evenly
-) -> tuple[float, int]:  # nats per target and how many targets, the same in every process
-    "The loss on a whole validation text, or on pieces from all over it."
+) -> tuple[float, int, bool]:  # nats per target, how many targets, whether of all the text
+    "The loss on a whole validation text, or on pieces from all over it: in every process the same."
     T, total, count = model.config.block_size, 0.0, 0
     step = T * max(1, min(windows, at_most // T))
     starts = range(0, len(val) - T, step)
@@ -202,4 +202,4 @@ def validate_whole(
     for start in progress(starts, desc='validate') if parallel.rank == 0 else starts:
         part = validate(model, val[start : start + step + 1], parallel)
         total, count = (a + b for a, b in zip((total, count), parallel.sum(*part)))
-    return total / count, count
+    return total / count, count, len(val) <= at_most

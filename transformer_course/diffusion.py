@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bigram import IGNORE_INDEX
-from .block import BlockConfig, make_blocks, make_norm, norm_of, run_blocks
+from .bigram import IGNORE_INDEX, cross_entropy
+from .block import NORMS, BlockConfig, make_blocks, make_norm, norm_of, run_blocks
 from .generation import evaluating, token_probs
 from .gpt import check_ids, init_weights
 from .positions import Rotary
@@ -76,8 +76,7 @@ def diffusion_loss(
             f'targets holds {strange[0].item()}, but vocab_size={V}: targets run from 0 to '
             f'{V - 1}; the mask is never a target, so give the text as it was before hiding'
         )
-    flat = logits.flatten(0, -2), targets.flatten()
-    each = F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction='none').view_as(targets)
+    each = cross_entropy(logits, targets, reduction='none')  # (B, T)
     count = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return (each * hidden / t[:, None]).sum() / count
 
@@ -109,7 +108,7 @@ class DiffusionConfig(BlockConfig):
                 raise ValueError(f'{name}={value} must be at least 1')
         if self.rope_base <= 0:
             raise ValueError(f'rope_base={self.rope_base} must be above 0')
-        make_norm(self.embed_norm, 1)
+        check_choice('embed_norm', self.embed_norm, NORMS)
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(
                 f'n_embd={self.n_embd} with n_head={self.n_head} makes heads of an odd size: '

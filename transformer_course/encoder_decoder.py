@@ -17,47 +17,31 @@ from torch import Tensor, nn
 from .bigram import IGNORE_INDEX, cross_entropy
 from .block import BlockConfig, make_blocks, norm_of, run_blocks
 from .cache import KVCache
-from .gpt import init_weights
+from .gpt import check_ids, init_weights, strange_id
 from .multihead import padding_mask
 from .positions import sinusoidal
-from .seq2seq import END, PAD
+from .seq2seq import END, PAD, real_tokens
 from .settings import check_choice
 
 # %% ../nbs/12_encoder_decoder.ipynb #13162241
 def check_rows(
     name: str,  # of the argument, for the error
     ids: Tensor,  # what should be (B, L) token ids
-    vocab_size: int,  # V
-    limit: str,  # the setting that says how long a row may be
-    longest: int,  # its value
+    config,  # vocab_size, and how long a row may be
+    limit: str,  # the field of `config` that says it
 ) -> None:
     "Raise a `ValueError` that says what is wrong with a batch of token ids."
-    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.long, torch.int):
-        raise ValueError(
-            f'{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids as (B, L), '
-            'whole numbers, at least one in a row'
-        )
-    if ids.shape[1] > longest:
-        raise ValueError(
-            f'{name} has {ids.shape[1]} tokens, but {limit}={longest}: cut it, '
-            f'or make the model with a larger {limit}'
-        )
-    low, high = (int(i) for i in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f'{name} holds {low if low < 0 else high}, but vocab_size={vocab_size}: ids run from 0 '
-            f'to {vocab_size - 1}; was the text encoded by another tokenizer?'
-        )
+    check_ids(ids, config, name=name, limit=limit)
+    low, high = ids.aminmax()
+    if low < 0 or high >= config.vocab_size:
+        raise strange_id(ids, config.vocab_size, name)
 
 # %% ../nbs/12_encoder_decoder.ipynb #bebc1072
 def source_mask(
     src: Tensor,  # (B, S) padded on the right with PAD
 ) -> Tensor:  # (B, 1, 1, S) bool, True where there is a token
     "Which tokens of a source may be looked at, by the encoder and by whoever writes."
-    real = src != PAD
-    if not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
-        raise ValueError(f'src has an empty row or PAD={PAD} before a token: pad on the right')
-    return padding_mask(real.sum(1), src.shape[1])
+    return padding_mask(real_tokens(src).sum(1), src.shape[1])
 
 
 def shift_right(
@@ -154,7 +138,7 @@ class Transformer(nn.Module):
         return self.drop(x + places[start : start + ids.shape[1]])
 
     def encode(self, src):  # (B, S) -> memory (B, S, C) and its mask (B, 1, 1, S)
-        check_rows('src', src, self.config.vocab_size, 'source_size', self.config.source_size)
+        check_rows('src', src, self.config, 'source_size')
         mask = source_mask(src)
         return self.ln_source(run_blocks(self.encoder, self.embed(src, 'source'), mask=mask)), mask
 
@@ -164,11 +148,10 @@ class Transformer(nn.Module):
         return self.lm_head(self.ln_target(x))
 
     def forward(self, src, targets):  # (B, S), (B, T) -> logits (B, T, V), loss
-        config = self.config
         real = targets.masked_fill(targets == IGNORE_INDEX, PAD)
-        check_rows('targets', real, config.vocab_size, 'block_size', config.block_size)
+        check_rows('targets', real, self.config, 'block_size')
         logits = self.decode(shift_right(targets), *self.encode(src))
-        smoothing = config.label_smoothing if self.training else 0.0
+        smoothing = self.config.label_smoothing if self.training else 0.0
         return logits, smoothed_cross_entropy(logits, targets, smoothing)
 
 # %% ../nbs/12_encoder_decoder.ipynb #3fb39d52

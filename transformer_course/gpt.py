@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bigram import cross_entropy
-from .block import BlockConfig, make_blocks, make_norm, norm_of, run_blocks
+from .block import NORMS, BlockConfig, make_blocks, make_norm, norm_of, run_blocks
 from .cache import KVCache
 from .positions import Rotary, alibi_bias, sinusoidal
 from .settings import check_choice
@@ -44,7 +44,7 @@ class GPTConfig(BlockConfig):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f'{name}={value} must be at least 1')
         check_choice('position', self.position, POSITIONS)
-        make_norm(self.embed_norm, 1)
+        check_choice('embed_norm', self.embed_norm, NORMS)
         if self.rope_base <= 0:
             raise ValueError(f'rope_base={self.rope_base} must be above 0')
         head_size = self.n_embd // self.n_head
@@ -82,34 +82,38 @@ def init_weights(
 # %% ../nbs/07_gpt.ipynb #7e836f2d
 def check_ids(
     idx: Tensor,  # (B, T) token ids
-    config: GPTConfig,  # block_size
+    config: BlockConfig,  # has the `limit`
     start: int = 0,  # tokens that came before, in a cache
+    name: str = 'idx',  # of the argument, for the error
+    limit: str = 'block_size',  # the field of `config` that says how long a row may be
 ) -> None:
-    "Raise a `ValueError` that says what is wrong with `idx`."
+    "Raise a `ValueError` that says what is wrong with a batch of token ids."
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(
-            f'idx has shape {tuple(idx.shape)}: '
-            'give token ids as (B, T), at least one token, for example idx[None]'
+            f'{name} has shape {tuple(idx.shape)}: '
+            f'give token ids as (B, T), at least one token, for example {name}[None]'
         )
     if idx.dtype not in (torch.long, torch.int):
         raise ValueError(
-            f'idx has dtype {idx.dtype}: token ids are whole numbers, for example idx.long()'
+            f'{name} has dtype {idx.dtype}: token ids are whole numbers, for example {name}.long()'
         )
-    end, T = start + idx.shape[1], config.block_size
+    end, T = start + idx.shape[1], getattr(config, limit)
     if end > T:
         raise ValueError(
-            f'idx makes {end} tokens, but block_size={T}: crop it, for example idx[:, -{T}:]'
+            f'{name} makes {end} tokens, but {limit}={T}: crop it, for example {name}[:, -{T}:], '
+            f'or make a model with a larger {limit}'
         )
 
 # %% ../nbs/07_gpt.ipynb #f3b550bd
 def strange_id(
     idx: Tensor,  # (B, T) token ids that the embedding refused
     V: int,  # vocab_size
+    name: str = 'idx',  # of the argument, for the error
 ) -> ValueError:  # to be raised
     "What to say of ids outside the vocabulary."
     low, high = (int(i) for i in idx.aminmax())
     return ValueError(
-        f'idx holds {low if low < 0 else high}, but vocab_size={V}: ids run from 0 to {V - 1}; '
+        f'{name} holds {low if low < 0 else high}, but vocab_size={V}: ids run from 0 to {V - 1}; '
         'was the text encoded by another tokenizer?'
     )
 
@@ -214,15 +218,17 @@ class GPT(nn.Module):
         groups = decay_groups(self, weight_decay)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def forward(
-        self, idx, targets=None, *, cache=None, last_only=False, mask=None, **context
-    ):  # (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`; and the loss, or None
-        x = embed(self, idx, cache)  # (B, T) -> (B, T, C)
+    def states(self, idx, *, cache=None, mask=None, **context):  # (B, T) -> (B, T, C)
+        "The residual stream after the last norm: what the head reads."
+        x = embed(self, idx, cache)
         S = x.shape[1] + (0 if cache is None else cache.length)
         mask = score_bias(self.config, x.shape[1], S, mask, x.device)
-        h = self.transformer.h
-        x = run_blocks(h, x, cache=cache, mask=mask, rotary=self.rotary, **context)
-        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last_only else x))
+        x = run_blocks(self.transformer.h, x, cache=cache, mask=mask, rotary=self.rotary, **context)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, *, last_only=False, **how):  # cache, mask: see `states`
+        x = self.states(idx, **how)  # (B, T) -> (B, T, C)
+        logits = self.lm_head(x[:, -1:] if last_only else x)  # -> (B, T, V), or (B, 1, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # %% ../nbs/07_gpt.ipynb #fe821edc

@@ -9,6 +9,7 @@ __all__ = ['edge_weights', 'plot_graph']
 import numpy as np
 
 from .figures import COLORS, as_array, axes_or_new, label_axes, style, visible
+from .settings import check_choice
 
 # %% ../nbs/support/graphs.ipynb #0abbed1f
 def edge_weights(
@@ -129,8 +130,7 @@ def plot_graph(
     ax=None,  # axes to draw on; new ones by default
 ):  # the axes
     "A message-passing graph: an arrow from each node that speaks to each node that listens"
-    if layout not in ('line', 'circle', 'bipartite'):
-        raise ValueError(f"layout {layout!r} must be 'line', 'circle' or 'bipartite'")
+    check_choice('layout', layout, ('line', 'circle', 'bipartite'))
     edges = edge_weights(graph, weights)
     names = labels if isinstance(labels, tuple) else (labels, labels)
     need = [1 + max((e[i] for e in edges), default=0) for i in (0, 1)]

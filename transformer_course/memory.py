@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import scaled_dot_product_attention
-from .bigram import IGNORE_INDEX, cross_entropy
+from .bigram import IGNORE_INDEX
 from .cache import LayerCache
 from .gpt import GPT, GPTConfig, check_ids, embed
 from .multihead import MultiHeadAttention, merge_heads
@@ -213,8 +213,8 @@ class MemoryGPT(GPT):
             x = block(x, rotary=self.rotary, cache=cache)
         return x.flatten(1, 2)
 
-    def forward(self, idx, targets=None, *, cache=None, last_only=False):
-        "(B, N) -> logits (B, N, V), or (B, 1, V) with `last_only`; and the loss, or None"
+    def states(self, idx, *, cache=None):  # (B, N) -> (B, N, C)
+        "The residual stream after the last norm; `forward` adds the head, as in any GPT."
         W, N = self.config.segment, idx.shape[-1]
         check_ids(idx, self.config, 0 if cache is None else cache.length)
         if cache is None:  # what fills up the last segment is seen by nobody
@@ -226,5 +226,4 @@ class MemoryGPT(GPT):
             )
         else:
             x = torch.cat([self.read(part, cache) for part in idx.split(W, 1)], 1)
-        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last_only else x))
-        return logits, None if targets is None else cross_entropy(logits, targets)
+        return self.transformer.ln_f(x)

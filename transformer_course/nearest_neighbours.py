@@ -9,9 +9,8 @@ __all__ = ['memory_probs', 'last_states', 'neighbours', 'mixed_loss']
 import torch
 from torch import Tensor
 
-from .block import run_blocks
 from .generation import evaluating
-from .gpt import GPT, embed, score_bias
+from .gpt import GPT
 
 # %% ../nbs/26_nearest_neighbours.ipynb #666726ae
 def memory_probs(
@@ -42,12 +41,10 @@ def last_states(
     if ids.dim() != 1 or len(ids) <= T or T < 2:
         raise ValueError(f'ids has shape {tuple(ids.shape)}: give one text of more than {T} tokens')
     half, found = T // 2, []
-    how = dict(rotary=model.rotary, mask=score_bias(model.config, T, T, None, ids.device))
     for starts in torch.arange(0, len(ids) - T, half).split(64):
         rows = ids[starts[:, None] + torch.arange(T + 1)]  # (B, T+1)
         with evaluating(model):
-            x = run_blocks(model.transformer.h, embed(model, rows[:, :-1]), **how)
-            x = model.transformer.ln_f(x[:, T - half :]).flatten(0, 1)  # (B, T, C) -> (B*half, C)
+            x = model.states(rows[:, :-1])[:, T - half :].flatten(0, 1)  # (B, T, C) -> (B*half, C)
             log_probs = model.lm_head(x).log_softmax(-1)
         found.append((x, rows[:, T - half + 1 :].flatten(), log_probs))
     return tuple(torch.cat(parts) for parts in zip(*found))

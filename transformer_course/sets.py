@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .bigram import cross_entropy
 from .block import BlockConfig, make_blocks, norm_of, run_blocks
 from .gpt import init_weights
+from .vision import patchify
 
 # %% ../nbs/17_sets.ipynb #d5d5de55
 VEHICLES = {'car': (1.0, 10.0), 'van': (1.6, 24.0), 'lorry': (2.5, 56.0)}  # height, stopping: m
@@ -96,10 +97,9 @@ def cut_patches(
     if pictures.dim() != 3 or pictures.shape[1:] != (PIXELS, PIXELS):
         shape = tuple(pictures.shape)
         raise ValueError(f'pictures has shape {shape}: give (n, {PIXELS}, {PIXELS}), one[None]')
-    side = PIXELS // PATCH
-    cut = pictures.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (n, side, side, 4, 4)
-    place = torch.cartesian_prod(*[torch.linspace(-1, 1, side)] * 2)  # (16, 2)
-    return torch.cat([2 * cut.flatten(1, 2).flatten(2), place.expand(len(pictures), -1, -1)], -1)
+    cut = patchify(pictures[:, None], PATCH)  # (n, 1, PIXELS, PIXELS) -> (n, 16, 16)
+    place = torch.cartesian_prod(*[torch.linspace(-1, 1, PIXELS // PATCH)] * 2)  # (16, 2)
+    return torch.cat([2 * cut, place.expand(len(pictures), -1, -1)], -1)
 
 # %% ../nbs/17_sets.ipynb #99b9da2c
 def radar_returns(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .bigram import IGNORE_INDEX, cross_entropy
 from .block import BlockConfig, make_blocks, norm_of, run_blocks
+from .encoder_decoder import shift_right
 from .gpt import check_ids, init_weights, strange_id
 from .multihead import padding_mask
 from .positions import sinusoidal
-from .seq2seq import END, PAD
+from .seq2seq import END
 
 # %% ../nbs/15_speech.ipynb #de16435e
 @dataclass(kw_only=True)
@@ -153,8 +154,7 @@ class SpeechTransformer(nn.Module):
     def forward(self, mel: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         check_transcripts(targets)
         memory, mask = self.encoder(mel, lengths)
-        before = targets.masked_fill(targets == IGNORE_INDEX, PAD)[:, :-1]
-        logits = self.decode(F.pad(before, (1, 0), value=END), memory, mask)
+        logits = self.decode(shift_right(targets), memory, mask)
         return logits, cross_entropy(logits, targets)
 
 # %% ../nbs/15_speech.ipynb #fc60de99

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import restore_checkpoint, save_checkpoint
+from .settings import check_choice
 
 # %% ../nbs/support/strategy.ipynb #f4e1f62d
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -28,8 +29,7 @@ def choose_precision(
     "The numbers to multiply in: as `dtype` says, or, if that is auto, the shortest that pays."
     if dtype in DTYPES:
         return DTYPES[dtype]
-    if dtype != 'auto':
-        raise ValueError(f'dtype={dtype!r} is not known: choose auto or one of {", ".join(DTYPES)}')
+    check_choice('dtype', dtype, ('auto', *DTYPES))
     if torch.device(device).type != 'cuda':
         return torch.float32
     generation, _ = capability or torch.cuda.get_device_capability(device)

@@ -194,9 +194,9 @@ def train_together(values: dict, resume: bool, run: RunConfig, parallel: SingleP
         )
     if corpus.whole_val is not None:
         most = max(data.scored, END_TOKENS)
-        loss, scored = validate_whole(model, corpus.whole_val, parallel, at_most=most)
-        total = len(corpus.whole_val)
-        how_much = 'all of it' if total <= most else f'{scored:,} of {total:,}, from all over'
+        loss, scored, everything = validate_whole(model, corpus.whole_val, parallel, at_most=most)
+        some = f'{scored:,} of {len(corpus.whole_val):,}, from all over'
+        how_much = 'all of it' if everything else some
         if first:
             print(f'whole   val loss {loss:.4f} nats per {corpus.unit} over {how_much}')
     if first:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .bigram import IGNORE_INDEX
+from .dates import random_day
 from .seq2seq import END, PAD
 from .tokenizer import BPETokenizer
 from .wheels import wheel_members
@@ -87,12 +88,12 @@ def date_pairs(
     "Random days from 1950 to 2049, from one language into another."
     if n < 0:
         raise ValueError(f'n={n} must be at least 0')
-    rng, first, pairs = random.Random(seed), datetime.date(1950, 1, 1).toordinal(), []
+    rng, pairs = random.Random(seed), []
     while len(pairs) < n:
-        number, form = first + rng.randrange(36525), rng.choice(['full', 'long'])
+        (day, for_testing), form = random_day(rng), rng.choice(['full', 'long'])
         source, into = rng.sample([*LANGUAGES], 2)
-        if (number % 10 == 0) == held_out:
-            forms = date_forms(datetime.date.fromordinal(number), form)
+        if for_testing == held_out:
+            forms = date_forms(day, form)
             pairs.append((LANGUAGES[into] + forms[source], forms[into]))
     return pairs
 

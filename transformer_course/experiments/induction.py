@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import causal_mask, scaled_dot_product_attention
+from ..bigram import cross_entropy
 from ..block import make_blocks
 from ..gpt import GPT, GPTConfig, embed
 from ..multihead import MultiHeadAttention, merge_heads
@@ -204,8 +205,7 @@ def loss_by_place(
     targets: Tensor,  # (B, T)
 ) -> Tensor:  # (T,) nats; a late one minus an early one is Olsson's in-context score
     "The mean loss at each place of the sequence."
-    log_p = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # (B, T)
-    return -log_p.mean(0)
+    return cross_entropy(logits, targets, reduction='none').mean(0)  # (B, T) -> (T,)
 
 # %% ../../nbs/20_induction.ipynb #9b698b0e
 def steepest_drop(
