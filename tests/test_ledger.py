@@ -18,7 +18,7 @@ import stamps
 from cells import code_of, fingerprint, notebook_paths, read_cells, tree
 from conftest import ROOT
 from transformer_course.course.ledger import CLAIMS, Entry, ledger, overall
-from transformer_course.course.records import load_records
+from transformer_course.course.records import Table, line, load_records
 
 
 @pytest.fixture
@@ -395,3 +395,14 @@ def test_pages_show_the_records(copy):
     rewrite(jsonl(copy, '06_depth'), altered(lambda r: r['claim'] == 'B4', value=12.5))
     found = '\n'.join(records.problems(copy))
     assert 'nbs/ledger.ipynb does not show the records' in found
+
+
+def test_the_columns_of_a_printed_record_may_be_of_another_width():
+    "Words and figures are what a notebook has to show; another figure is noticed."
+    rows = load_records(ROOT / 'results' / 'claims')['03_attention']
+    printed = '\n'.join(line(r).replace('  ', '     ') for r in rows)
+    table = {'data': {'text/markdown': Table(rows)._repr_markdown_()}}
+    shown = lambda text: [{'cell_type': 'code', 'outputs': [{'text': text}, table]}]
+    assert stamps.disagreements('03_attention', shown(printed), rows) == []
+    wrong = printed.replace(line(rows[0]).split('  ')[-1].strip(), 'fails', 1)
+    assert len(stamps.disagreements('03_attention', shown(wrong), rows)) == 1

@@ -264,7 +264,9 @@ def test_search(page, address):
     assert not page.problems
 
 
-PAPER = 'e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).filter]'
+LOOKS = """figures => figures.map(e => [
+    ['on-light', 'on-dark'].find(kind => e.classList.contains(kind)) || 'picture',
+    getComputedStyle(e).display, getComputedStyle(e).backgroundColor])"""
 
 
 def test_light_and_dark(page, address, pages, site):
@@ -280,11 +282,12 @@ def test_light_and_dark(page, address, pages, site):
     dark = side == 'rgba(0, 0, 0, 0)' or luminance(side) < 80
     assert dark, 'the sidebar stays light in dark mode'
     assert luminance(style(page, '#quarto-sidebar .sidebar-link', 'color')) > 150
-    for figure in page.locator('.cell-output-display img').all():
-        light, filtered = figure.evaluate(PAPER)
-        assert luminance(light) > 230, 'a figure has no paper of its own'
-        inverted = figure.evaluate('e => Boolean(e.closest(".ink"))')
-        assert ('invert' in filtered) is inverted, 'ink stays dark, or a heat map is inverted'
+    looks = page.locator('.cell-output-display img').evaluate_all(LOOKS)
+    assert {'on-light', 'on-dark'} <= {kind for kind, *_ in looks}, 'no drawing'
+    for kind, display, paper in looks:
+        assert (display == 'none') == (kind == 'on-light'), f'a dark page shows {kind}'
+        light = paper != 'rgba(0, 0, 0, 0)' and luminance(paper) > 230
+        assert light == (kind != 'on-dark'), 'a picture without paper, or a drawing on it'
     page.goto(address + 'index.html', wait_until='load')
     assert luminance(background(page, 'body')) < 80, 'the choice is forgotten'
     assert not page.problems

@@ -1,16 +1,19 @@
 "What the site makes of notebooks: folds, rows, sentences for figures, links, copies, the order."
 
 import base64
+import html
 import io
 import json
 import re
 import textwrap
+from collections import Counter
 
 import pytest
 from cells import ROOT, notebook_paths, read_cells, settings
 
-from alt_texts import alt_texts
+from alt_texts import WRITTEN, alt_texts
 from chapter_order import chapters, in_order
+from dark_figures import dark_drawings, for_dark
 from page_cells import (
     drawn,
     fold_drawing,
@@ -25,6 +28,8 @@ from page_cells import (
 )
 from page_frames import page_of
 from prose_links import chapter_names, linked
+
+from transformer_course.course.scoreboard import standings
 
 every = pytest.mark.parametrize('path', notebook_paths(), ids=lambda path: path.stem)
 PICTURE = {'output_type': 'display_data', 'data': {'image/png': ''}}
@@ -47,6 +52,18 @@ def test_imports_follow_the_opening_words():
     fold = '#| course-fold: Setup\n'
     wanted = ['# T', '#| default_exp x', 'By the end', f'{fold}import math']
     assert found == [*wanted, f"{fold}claims = Claims('x')", f'{fold}import os', 'x = 1']
+
+
+def test_no_fold_of_what_is_not_shown():
+    "A page that shows no code has no Setup: its imports are not there to be copied."
+    cells = [prose('# T'), prose('By the end'), code('#| echo: false\nimport math'), prose('x')]
+    nb = {'cells': [dict(cell) for cell in cells]}
+    open_imports(nb)
+    assert nb['cells'] == cells and len(folds(nb['cells'])) == len(cells)
+    example = [prose('# T'), prose('In use:'), code('import math'), code('math.pi')]
+    nb = {'cells': [dict(cell) for cell in example]}
+    open_imports(nb)
+    assert nb['cells'] == example, 'an example without its imports'
 
 
 REFUSED = (
@@ -127,6 +144,45 @@ def test_every_figure_has_a_sentence(path):
         assert len(text.split()) >= 5 and len(text) >= 30, f'this says little: {text!r}'
         assert text[0].isupper() and not re.search(r'["`]|\(\)|“”', text), text
     assert len(set(texts)) == len(texts), 'two figures say the same'
+
+
+def test_sentences_follow_what_a_cell_knows():
+    "A name means what it meant there, a parameter what it was given, a loop's name nothing."
+    draws = "def show(what):\n    plot_losses(all, ylabel=what, xlabel='place in the chain')"
+    first = code(
+        "axis = dict(xlabel='updates taken')\nplot_losses(c, **axis, ylabel='loss')", PICTURE
+    )
+    loop = code("for name in many:\n    ax.plot(x, label=name)\nax.set_title('t')", PICTURE)
+    then = code("axis = dict(xlabel='examples')\nwhat = 'nothing'")
+    before = code("name = 'a record'")
+    last = code("show('squared error')", PICTURE)
+    nb = {'cells': [code(draws), first, before, loop, then, last]}
+    alt_texts(nb)
+    found = [source(cell).splitlines()[0] for cell in nb['cells'] if drawn(cell)]
+    assert 'against updates taken' in found[0] and 'examples' not in found[0]
+    assert 'record' not in found[1] and 'squared error against place in the chain' in found[2]
+
+
+def test_a_scoreboard_is_told_in_numbers():
+    "As the picture has them: those before, those of the chapter, the two marks."
+    nb = {'cells': [code("scoreboard('03_attention');", PICTURE)]}
+    alt_texts(nb)
+    told = source(nb['cells'][0]).splitlines()[0]
+    rows = standings('03_attention')
+    assert all(f'{r.name} {r.median:.3f}' in told for r in rows)
+    before, own = told.split('New here, in orange: ')
+    assert 'RNN' in before and own.startswith('one head') and '5-gram and the RNN' in own
+
+
+def test_written_sentences_belong_to_figures():
+    "Each text in tools/site/alt_texts.json is that of one figure, and is what its page says."
+    cells = [c for path in notebook_paths() for c in read_cells(path)]
+    shown = Counter(c['id'] for c in cells if c['cell_type'] == 'code' and drawn(c))
+    assert not [id for id in WRITTEN if shown[id] != 1], 'of no figure, or of several'
+    id = next(iter(WRITTEN))
+    nb = {'cells': [code('plot(1)', PICTURE) | {'id': id}]}
+    alt_texts(nb)
+    assert source(nb['cells'][0]).startswith(f'#| fig-alt: "{WRITTEN[id]}"\n')
 
 
 def blank_share(png):
@@ -242,3 +298,77 @@ def test_a_picture_is_shown_at_its_size_and_stored_small():
     assert len(packed) < 0.8 * len(made.getvalue()) and packed[25] == 3  # 3: it has a palette
     assert size_of(packed[:1500]) == size_of(made.getvalue()) == (440, 220)
     assert smaller(base64.b64encode(packed).decode()).strip() == base64.b64encode(packed).decode()
+
+
+def drawn_png(draw):
+    "A figure of the course as the notebooks store it."
+    import matplotlib
+
+    matplotlib.use('agg')
+    from transformer_course.figures import figure, style
+
+    with style():
+        fig, ax = figure(width=3, height=2)
+        draw(ax)
+        made = io.BytesIO()
+        fig.savefig(made, dpi=220)
+    return made.getvalue()
+
+
+def test_a_drawing_has_a_dark_version():
+    "No paper, light text, the same hue for each name; a picture has none."
+    from PIL import Image
+
+    from transformer_course.figures import COLORS
+
+    def draw(ax):
+        for i, color in enumerate(COLORS):
+            ax.barh(i, 1, color=color)
+        ax.set_title('all of them')
+
+    png = drawn_png(draw)
+    before, after = (Image.open(io.BytesIO(p)) for p in (png, for_dark(png)))
+    assert before.size == after.size and after.mode == 'P'
+    before, after = before.convert('RGB'), after.convert('RGBA')
+    assert after.getpixel((3, 3))[3] == 0, 'paper is left'
+    for color in COLORS[:-1]:
+        ink = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+        places = [(x, y) for x in (300,) for y in range(before.height)]
+        ((r, g, b, a),) = {after.getpixel(p) for p in places if before.getpixel(p) == ink}
+        order = lambda c: sorted(range(3), key=lambda i: c[i])
+        assert a == 255 and order(ink)[0] == order((r, g, b))[0] and max(r, g, b) > 180
+    text = after.crop((0, 0, 300, 40)).getcolors(2**16)
+    assert all(min(c[:3]) > 230 for _, c in text if c[3] > 40), 'dark letters'
+
+    photo = drawn_png(lambda ax: ax.imshow([[0, 1], [2, 3]], cmap='magma', aspect='auto'))
+    assert for_dark(photo) is None
+
+
+def test_only_what_is_ink_gets_a_dark_version(tmp_path):
+    "A page keeps its pictures; the two versions have the same words and the same size."
+    png = base64.b64encode(drawn_png(lambda ax: ax.plot([1, 2]))).decode()
+    image = f'<img alt="A line." src="data:image/png;base64,{png}" width="3" class="img-fluid">'
+    page = f'{image}<div class="ink"><div>{image}</div></div><div>{image}</div>'
+    found = dark_drawings(page, tmp_path / 'dark', '../dark')
+    (file,) = (tmp_path / 'dark').iterdir()
+    assert found.count('<img') == 4 and found.startswith(image) and found.endswith(f'{image}</div>')
+    dark = f'<img alt="A line." src="../dark/{file.name}" loading="lazy" width="3"'
+    assert f'{dark} class="img-fluid on-dark">' in found and 'class="img-fluid on-light">' in found
+
+
+def test_the_moving_picture_cuts_nothing_off():
+    "A long line goes on in the next row, and the rows are as wide as the picture."
+    from build_cast import COLUMNS, draw, played
+
+    long = ''.join(chr(97 + i % 26) for i in range(2 * COLUMNS + 5))
+    shown = played([[(0.0, '$ train'), (8.0, long), (8.0, '')], [(0.0, '$ sample')]])
+    assert [line for _, line in shown][1:4] == [long[:COLUMNS], long[COLUMNS:-5], long[-5:]]
+    assert [line for _, line in shown][4:] == ['', '$ sample']
+    picture = draw(shown)
+    written = re.findall(r'<text [^>]*>([^<]*)</text>', (ROOT / 'nbs' / 'train.svg').read_text())
+    assert max(map(len, map(html.unescape, written))) <= COLUMNS
+    assert any(line.endswith('parameters') for line in written), 'a line is cut off'
+    assert (
+        re.search(r'viewBox="0 0 (\d+)', picture)[1]
+        == re.search(r'viewBox="0 0 (\d+)', (ROOT / 'nbs' / 'train.svg').read_text())[1]
+    )

@@ -1,16 +1,24 @@
 """A sentence for each figure that has none of its own, from the code that draws it.
 
 What a figure shows is written in its cell: the kind of plot, its title, its axes with their units,
-the names of its curves. `#| fig-alt: "..."` at the top of a cell says it better, and is kept.
+the names of its curves. `#| fig-alt: "..."` at the top of a cell says it better, and is kept. So
+does a text in `tools/site/alt_texts.json`, by the cell's id, which may be longer than a line.
 """
 
 import ast
 import functools
 import importlib
 import inspect
+import json
 import re
+import sys
+from pathlib import Path
 
+from cells import ROOT
 from page_cells import drawn, source, statements
+
+sys.path.insert(0, str(ROOT))
+from transformer_course.course.scoreboard import MARKS, standings
 
 KINDS = {  # what a call draws; the first that a cell calls names the figure
     'datum_walk': 'Map of the walk of one datum through the model, with this step lit',
@@ -18,7 +26,7 @@ KINDS = {  # what a call draws; the first that a cell calls names the figure
     'plot_matrix': 'Heat map',
     'plot_bigram': 'Heat map of how often each character follows each other',
     'plot_graph': 'Graph with an arrow from each node that speaks to each that listens',
-    'plot_room': 'Map of a room with what is in it',
+    'plot_room': 'A row of marks for each claim, how many times better than asked',
     'plot_hist': 'Histograms',
     'plot_bars': 'Bars',
     'plot_pictures': 'Pictures in rows',
@@ -36,6 +44,8 @@ KINDS = {  # what a call draws; the first that a cell calls names the figure
     'plot': 'Curves',
     'figure': 'Drawing',
 }
+TEXTS = Path(__file__).resolve().parent / 'site' / 'alt_texts.json'
+WRITTEN = json.loads(TEXTS.read_text(encoding='utf-8'))  # id of a cell -> what its figure shows
 ROOMS = 'plots', 'matrices', 'graphs', 'pictures', 'course.walk'
 LABELS = {'set_title': 'title', 'set_xlabel': 'xlabel', 'set_ylabel': 'ylabel', 'suptitle': 'title'}
 SHOWN = 'curves', 'bars', 'samples', 'hlines', 'levels', 'rows', 'titles', 'label', 'lit', 'legend'
@@ -100,13 +110,22 @@ class Reader:
             kept = self.said.setdefault('shown' if what in SHOWN else what, [])
             kept += [t for t in self.texts(node) if t.strip() and t not in kept]
 
+    def inside(self, function, call):
+        "Read the body of a function of the notebook, its parameters being what the call gives."
+        names = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
+        outside = self.known
+        self.known = {name: value for name, value in outside.items() if name not in names}
+        self.known |= dict(zip(names, call.args)) | dict(self.keywords(call))
+        self.depth += 1
+        self.read(function.body)
+        self.depth -= 1
+        self.known = outside
+
     def call(self, call):
         "Read one call."
         name = getattr(call.func, 'id', None) or getattr(call.func, 'attr', '')
         if name in self.functions and self.depth < 2:
-            self.depth += 1
-            self.read(self.functions[name].body)
-            self.depth -= 1
+            self.inside(self.functions[name], call)
         if name in KINDS:
             self.kinds.append(name)
         given = dict(self.keywords(call))
@@ -125,11 +144,16 @@ class Reader:
             self.say(what, node)
 
     def read(self, body):
-        "Read statements."
-        for node in body:
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Call):
-                    self.call(inner)
+        "Read statements; what runs through a loop has no words of its own."
+        nodes = [inner for node in body for inner in ast.walk(node)]
+        loops = [n.target for n in nodes if isinstance(n, (ast.For, ast.comprehension))]
+        run = {n.id for t in loops for n in ast.walk(t) if isinstance(n, ast.Name)}
+        outside = self.known
+        self.known = {name: value for name, value in outside.items() if name not in run}
+        for inner in nodes:
+            if isinstance(inner, ast.Call):
+                self.call(inner)
+        self.known = outside
 
     def sentence(self):
         "What was read, as a sentence; empty where the code does not say what it draws."
@@ -142,6 +166,24 @@ class Reader:
         if 'title' in said:
             text += f' (“{said["title"]}”)'
         return f'{text}: {said["shown"]}.' if 'shown' in said else f'{text}.'
+
+
+def scores(cell):
+    "What a scoreboard shows, model by model, from the records it is drawn from; or nothing."
+    calls = [node.value for node in statements(cell) if isinstance(node, ast.Expr)]
+    named = [c for c in calls if getattr(getattr(c, 'func', 0), 'id', '') == 'scoreboard']
+    if not named:
+        return ''
+    chapter = named[0].args[0].value
+    rows = standings(chapter)
+    models = ', '.join(f'{r.name} {r.median:.3f}' for r in rows if r.chapter != chapter[:2])
+    own = ', '.join(f'{r.name} {r.median:.3f}' for r in rows if r.chapter == chapter[:2])
+    before = f'{models}. ' if models else ''
+    new = f'New here, in orange: {own}. ' if own else ''
+    marks = ' and the '.join(r.name for r in rows if r.name in MARKS)
+    drawn_through = f'Upright lines mark the {marks}.' if marks else ''
+    start = 'The scoreboard: a dot for each model, the held-out loss in nats per character. '
+    return f'{start}{before}{new}{drawn_through}'.strip()
 
 
 def assigned(cells):
@@ -178,10 +220,11 @@ def shortened(text, most=300):
 
 def alt_texts(nb):
     "Give each figure without a description a sentence; the cells are as nbdev prepared them."
-    values, functions = assigned(nb['cells'])
-    heading, prose, seen = '', '', set()
+    values, functions, heading, prose, seen = {}, {}, '', '', set()
     for cell in nb['cells']:
         text = source(cell)
+        for known, new in zip((values, functions), assigned([cell])):
+            known |= new
         if cell['cell_type'] == 'raw':
             heading = plain((re.findall(r'^title: (.+)$', text, re.M) or [''])[0]).strip("'")
         if cell['cell_type'] == 'markdown':
@@ -189,11 +232,13 @@ def alt_texts(nb):
             prose = last_sentence(text) or prose
         if not drawn(cell) or 'fig-alt:' in text:
             continue
-        reader = Reader(values, functions)
-        reader.read(statements(cell))
-        alt = reader.sentence() or f'Figure of the section “{heading}”: {prose}'
-        if alt in seen or len(alt) < 50:
-            alt = f'{alt[:-1]}, in the section “{heading}”: {prose}'
+        alt = WRITTEN.get(cell.get('id')) or scores(cell)
+        if not alt:
+            reader = Reader(values, functions)
+            reader.read(statements(cell))
+            alt = reader.sentence() or f'Figure of the section “{heading}”: {prose}'
+            if alt in seen or len(alt) < 50:
+                alt = f'{alt[:-1]}, in the section “{heading}”: {prose}'
+            alt = shortened(plain(alt))
         seen.add(alt)
-        alt = shortened(plain(alt))
         cell['source'] = f'#| fig-alt: "{alt}"\n{text}'

@@ -21,7 +21,7 @@ from cells import ROOT
 sys.path.insert(0, str(ROOT))
 from transformer_course.files import write_file
 
-COLUMNS, ROWS, LINE, SPEED, REST = 80, 22, 19, 8, 6.0  # LINE in pixels, REST in seconds
+COLUMNS, ROWS, LINE, SPEED, REST = 84, 22, 19, 8, 6.0  # LINE in pixels, REST in seconds
 STYLE = """
 text { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill: #d6deeb;
        white-space: pre }
@@ -40,17 +40,23 @@ def watched(folder, words):
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder, env=env)
     with subprocess.Popen(command, **how) as process:
         for line in process.stdout:
-            found.append((time.monotonic() - begin, line.rstrip('\n')[:COLUMNS]))
+            found.append((time.monotonic() - begin, line.rstrip('\n')))
     if process.returncode:
         sys.exit(f'build_cast: {" ".join(words)} ended with status {process.returncode}')
     return [*found, (time.monotonic() - begin, '')]
+
+
+def rows(line):
+    "A line as a terminal shows it: what is longer than its width goes on below."
+    return [line[i : i + COLUMNS] for i in range(0, max(len(line), 1), COLUMNS)]
 
 
 def played(runs):
     "The lines of all runs, at the times when they are shown."
     start, shown = 0.5, []
     for lines in runs:
-        shown += [(start + seconds / SPEED, line) for seconds, line in lines]
+        for seconds, line in lines:
+            shown += [(start + seconds / SPEED, row) for row in rows(line)]
         start = shown[-1][0] + 0.8
     return shown
 

@@ -51,23 +51,29 @@ def drawn(cell):
 # ---------------------------------------------------------------- before nbdev prepares a notebook
 
 
+def silent(cell):
+    "True for a cell whose code the page does not show, also where it stands."
+    return bool(re.search(r'^#\| *echo: *false', source(cell), re.M))
+
+
 def open_imports(nb):
     """Show the imports that a page's code needs, below its opening words.
 
     A reader who copies code needs them; `#| export` and `#| hide` keep them off the page. Cells
-    between the title and the opening words, such as the list of claims, follow the words.
+    between the title and the opening words, such as the list of claims, follow the words. On a page
+    that is no module's, such as the front page, the imports of an example stay open beside it.
     """
-    cells, previous = nb['cells'], False
+    cells, previous, hidden = nb['cells'], False, re.compile(r'^#\| *(export|hide) *\n', re.M)
+    module = any('default_exp' in directives(source(c)) for c in cells)
     for cell in cells:
         setup = only_imports(cell) or (previous and opens_claims(cell))
-        if setup:
-            hidden = re.compile(r'^#\| *(export|hide) *\n', re.M)
+        if setup and not silent(cell) and (module or hidden.search(source(cell))):
             cell['source'] = f'#| course-fold: {SETUP}\n{hidden.sub("", source(cell))}'
         previous = setup
     words = next((i for i, c in enumerate(cells[1:], 1) if c['cell_type'] == 'markdown'), 0)
     early = [c for c in cells[1:words] if 'default_exp' not in directives(source(c))]
     for cell in early:
-        if 'course-fold' not in source(cell):
+        if 'course-fold' not in source(cell) and not silent(cell):
             cell['source'] = f'#| course-fold: {SETUP}\n{source(cell)}'
     kept = [c for c in cells[1:words] if not any(c is e for e in early)]
     nb['cells'] = [cells[0], *kept, *cells[words : words + 1], *early, *cells[words + 1 :]]

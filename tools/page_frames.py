@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 from cells import ROOT, notebook_paths
+from dark_figures import dark_drawings
 from page_cells import addresses
 
 SITE = Path(__file__).resolve().parent / 'site'
@@ -145,6 +146,8 @@ def frame(site):
     paths = {page_of(path): path.relative_to(ROOT).as_posix() for path in notebook_paths()}
     for page in site.rglob('*.html'):
         name = page.relative_to(site).as_posix()
-        text = framed(page.read_text(encoding='utf-8'), paths[name], '../' * name.count('/'))
+        up = '../' * name.count('/')
+        text = framed(page.read_text(encoding='utf-8'), paths[name], up)
+        text = dark_drawings(text, site / 'site_libs' / 'dark', f'{up}site_libs/dark')
         page.write_text(text, encoding='utf-8')
     shutil.copy(SITE / 'reader.js', site / 'site_libs' / 'reader.js')

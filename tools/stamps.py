@@ -43,11 +43,12 @@ def outputs(cells, kind=None):
 
 def disagreements(path, cells, rows):
     "Records of a chapter that its committed outputs do not show."
-    printed, again = outputs(cells).splitlines(), MEND.format(path)
+    words = lambda text: ' '.join(text.split())  # a printed line's columns may be of another width
+    printed, again = {words(text) for text in outputs(cells).splitlines()}, MEND.format(path)
     found = [
         f'{path}: its outputs do not print the record "{line(r)}": {again}'
         for r in rows
-        if line(r) not in printed
+        if words(line(r)) not in printed
     ]
     if Table(rows)._repr_markdown_() not in outputs(cells, 'text/markdown'):
         found.append(f'{path}: its outputs do not show the table of its records: {again}')

@@ -90,10 +90,13 @@ def said(
 def line(
     record: dict,  # one record
 ) -> str:
-    "A record as one line of text"
+    "A record as one line of text, in columns where they fit"
     want = f"({asked(record['threshold'])})" if record['threshold'] else ''
-    what = f"{record['claim']:<3} {record['name']:<44}"
-    return f'{what} {with_unit(record):>14}  {want:<22} {verdict(record)}'
+    what = f"{record['claim']:<3} {record['name']:<44} {with_unit(record):>14}"
+    columns = f'{what}  {want:<22} {verdict(record)}'
+    if len(columns) <= 110:  # what JupyterLab shows in one row on a common screen
+        return columns
+    return '  '.join(part for part in (what, want, verdict(record)) if part)
 
 # %% ../../nbs/support/records.ipynb #9d379193
 def escaped(
