@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
-# %% ../nbs/24_tuning.ipynb #d66e3832
+# %% ../nbs/24_tuning.ipynb #17c64b19
 PLACES = ('q', 'k', 'v', 'o', 'mlp')
 
 
