@@ -51,7 +51,9 @@ def bert_config(
             raise ValueError(f'config.json has {key}={about[key]!r:.60}: here it must be {value!r}')
     act = about.get('hidden_act', 'gelu')
     if not isinstance(act, str) or act not in _ACTIVATIONS:
-        raise ValueError(f'config.json has hidden_act={act!r:.60}: here is {", ".join(_ACTIVATIONS)}')
+        raise ValueError(
+            f'config.json has hidden_act={act!r:.60}: here is {", ".join(_ACTIVATIONS)}'
+        )
     sizes = {ours: about[theirs] for theirs, ours in HUB_SIZES.items() if theirs in about}
     ids = dict(pad_id=tokenizer.pad_id, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
     ids['mask_id'] = tokenizer.special_tokens.get('[MASK]')
