@@ -23,7 +23,7 @@ from .tensors import NoDrawing, TensorFile
 from .wheels import wheel_members
 from .wordpiece import WordPiece
 
-# %% ../nbs/support/minilm.ipynb #2a6f4c51
+# %% ../nbs/support/minilm.ipynb #a839c527
 HUB_SIZES = {  # of config.json -> fields of `BERTConfig`
     'vocab_size': 'vocab_size',
     'num_hidden_layers': 'n_layer',
@@ -39,7 +39,7 @@ HUB_SIZES = {  # of config.json -> fields of `BERTConfig`
 _FIXED = {'model_type': 'bert', 'position_embedding_type': 'absolute', 'is_decoder': False}
 _ACTIVATIONS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu'}
 
-
+# %% ../nbs/support/minilm.ipynb #555c09eb
 def bert_config(
     about: Mapping,  # what config.json says
     tokenizer: WordPiece,  # has the special tokens' ids

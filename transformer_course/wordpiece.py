@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .tokenizer import CACHE_SIZE
 
-# %% ../nbs/support/wordpiece.ipynb #0a4cf027
+# %% ../nbs/support/wordpiece.ipynb #544b97ab
 CHINESE = (  # first and last of each block; 2b920 for 2b820 is the original's
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -41,7 +41,7 @@ def first_look(
         return ' '
     return f' {c} ' if any(a <= ord(c) <= b for a, b in CHINESE) else c
 
-
+# %% ../nbs/support/wordpiece.ipynb #14547695
 def second_look(
     c: str,  # one character of a decomposed text
 ) -> str:  # nothing, or it in lower case, between spaces if it is punctuation
