@@ -126,6 +126,12 @@ def test_files_that_were_damaged(folder, name):
     assert refused > 40
 
 
+def test_more_tokens_than_vectors(folder):
+    (folder / 'vocab.txt').write_text('\n'.join([*VOCAB, 'dog']), encoding='utf-8')
+    with pytest.raises(ValueError, match='11 tokens, the model 10'):
+        load_bert(folder)
+
+
 @pytest.mark.parametrize('name', ['config.json', 'vocab.txt', 'model.safetensors'])
 def test_files_that_are_missing(folder, name):
     (folder / name).unlink()
@@ -202,6 +208,14 @@ def test_film_snippets():
     few = draw_labels(pool, 64, 11)
     assert few == draw_labels(pool, 64, 11) and {*few} < {*draw_labels(pool, 256, 11)}
     assert sum(pool[i][1] for i in few) == 32 and few != draw_labels(pool, 64, 12)
+
+
+def test_a_draw_is_the_one_of_chapter_13():
+    "The same permutation, the first places of each label: its figures are set beside others."
+    pool = [(str(i), i % 2) for i in range(40)]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1005)).tolist()
+    even, odd = ([i for i in order if i % 2 == label] for label in (0, 1))
+    assert draw_labels(pool, 10, 5) == even[:5] + odd[:5]
 
 
 @pytest.mark.parametrize('n', [0, 3, 12])
