@@ -111,6 +111,7 @@ def _from_folder(folder: Path, int8: bool, block_size: int | None) -> tuple[GPT,
 def hub_folder(
     repo: str,  # such as 'HuggingFaceTB/SmolLM2-135M-Instruct'
     offline: bool | None = None,  # True: what was fetched before; None: as the environment says
+    files: tuple[str, ...] = ('*.json', '*.safetensors'),  # shell patterns of those that are wanted
 ) -> Path:
     "A model of the Hugging Face hub in its client's own cache, fetched if need be."
     what, mend = f'hub {repo!r}', 'fetch its files elsewhere and give their folder'
@@ -121,9 +122,8 @@ def hub_folder(
     except ImportError:
         raise SourceError(what, 'huggingface_hub is not installed', mend) from None
     try:
-        files = ['*.json', '*.safetensors']
         here = is_offline(offline)
-        return Path(snapshot_download(repo, allow_patterns=files, local_files_only=here))
+        return Path(snapshot_download(repo, allow_patterns=[*files], local_files_only=here))
     except Exception as e:  # its client has many kinds, and not all from one family
         why = ' '.join(str(e).split('\n')[0].split()) or type(e).__name__
         raise SourceError(what, f'it cannot be had ({why:.120})', mend) from None
