@@ -159,18 +159,22 @@ async def run_cells(client, nb, env, left_out=skips):
     "Execute the cells of `nb` but for those left out: a failed cell or None, and CPU seconds."
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    # the manager is ours, and nbclient leaves the kernel of another's manager running
-    async with client.async_setup_kernel(env=env, cleanup_kc=True):
-        pid = client.km.provisioner.process.pid
-        for i, cell in enumerate(nb.cells):
-            if cell.cell_type != 'code' or not cell.source.strip() or left_out(cell.source):
-                continue
-            try:
-                await client.async_execute_cell(cell, i)
-            except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-                return (i, str(e)), cpu_seconds(pid)
-            cell.outputs = tidy(cell.outputs)
-        return None, cpu_seconds(pid)
+    manager = client.km
+    try:
+        async with client.async_setup_kernel(env=env):
+            pid = manager.provisioner.process.pid
+            for i, cell in enumerate(nb.cells):
+                if cell.cell_type != 'code' or not cell.source.strip() or left_out(cell.source):
+                    continue
+                try:
+                    await client.async_execute_cell(cell, i)
+                except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+                    return (i, str(e)), cpu_seconds(pid)
+                cell.outputs = tidy(cell.outputs)
+            return None, cpu_seconds(pid)
+    finally:  # the manager is ours, and nbclient leaves the kernel of another's running
+        if manager.has_kernel:
+            await manager.shutdown_kernel(now=True)
 
 
 # ---------------------------------------------------------------- one notebook
