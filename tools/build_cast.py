@@ -21,7 +21,7 @@ from cells import ROOT
 sys.path.insert(0, str(ROOT))
 from transformer_course.files import write_file
 
-COLUMNS, ROWS, LINE, SPEED, REST = 84, 22, 19, 8, 6.0  # LINE in pixels, REST in seconds
+COLUMNS, ROWS, LINE, SPEED, REST = 84, 10, 19, 8, 6.0  # LINE in pixels, REST in seconds
 STYLE = """
 text { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill: #d6deeb;
        white-space: pre }
