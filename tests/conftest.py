@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 os.environ.setdefault('OMP_NUM_THREADS', str(os.cpu_count() or 1))
 os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 os.environ.pop('TRANSFORMER_COURSE_RECORD', None)  # tests leave the recorded results as they are
-LONGEST = 'test_site.py', 'test_jupyterlab.py', 'test_cli.py', 'test_benchmarks.py'
 BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'
 CHROMIUM_ARGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
@@ -108,12 +107,6 @@ def browser(chromium_path):
         browser = playwright.chromium.launch(executable_path=chromium_path, args=CHROMIUM_ARGS)
         yield browser
         browser.close()
-
-
-def pytest_collection_modifyitems(items):
-    "Where two files are tested at a time, those that take longest should not come last, alone."
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -152,9 +152,8 @@ def tests():
     "What cannot live in a notebook: the command, the site and JupyterLab in a browser, the wheel."
     threads = max(1, (os.cpu_count() or 1) // WORKERS)
     env = environment(COURSE_TESTS_BEGAN=str(BEGAN), OMP_NUM_THREADS=str(threads))
-    # the tests of one file share what is dear: the site, a trained run; in the order of conftest,
-    # since the files with the fewest tests, which would come last, take longest
-    share = ['-n', str(WORKERS), '--dist', 'loadfile', '--no-loadscope-reorder']
+    # the tests of one file share what is dear: the site, a trained run
+    share = ['-n', str(WORKERS), '--dist', 'loadfile']
     return run([sys.executable, '-m', 'pytest', *share], cwd=ROOT, env=env)[0]
 
 
