@@ -4,6 +4,7 @@ model is used for afterwards."""
 import copy
 import mmap
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +94,26 @@ def test_a_kernel_without_them(monkeypatch, refusal):
     assert all(
         torch.equal(a, b) for a, b in zip(by_columns(made()).parameters(), made().parameters())
     )
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from torch import nn
+from transformer_course.layout import by_columns
+status = lambda: Path('/proc/self/status').read_text()
+megabytes = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) // 1024
+spare = torch.empty(7_000_000)
+del spare  # from now on glibc keeps what is free, as in a process that has read a model
+layers = nn.ModuleList(nn.Linear(1000, 1000, bias=False) for _ in range(100))
+before = megabytes()
+by_columns(layers)
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_a_model_is_not_in_memory_twice():
+    done = subprocess.run([sys.executable, '-c', PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200  # MB; the matrices have 381, and 64 may wait to be given back
