@@ -7,9 +7,9 @@
 nanoGPT runs its own train.py with the CPU recipe of its README (4 layers, 4 heads, 128 wide,
 context 64, 12 windows, 2000 updates), on one core. The course runs two recipes, `fast` and `long`.
 Both were chosen on the last tenth of the *training* text (`--part tuning`), with other seeds than
-those measured here; the losses quoted are over the whole validation text. Both multiply in bfloat16,
-which takes about two thirds of the time on a processor that has units for it (the result says
-whether it has). nanoGPT's `train.py` has float32 alone on a CPU.
+those measured here; the losses quoted are over the whole validation text. Both recipes multiply in
+bfloat16, which takes about two thirds of the time on a processor that has units for it (the result
+says whether it has). nanoGPT's `train.py` has float32 alone on a CPU.
 """
 
 import argparse, statistics
