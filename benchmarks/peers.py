@@ -34,6 +34,14 @@ NANOGPT_CPU = dict(
 PARTS = ('validation', 'tuning')
 
 
+def bfloat16_units():
+    "Whether the processor multiplies numbers of sixteen bits itself, on which `long` relies."
+    import torch
+
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name, False) for name in ('avx512_bf16', 'amx_bf16', 'arm_bf16'))
+
+
 def versions(*packages, **more):
     "What a result depends on: Python, torch, the processor's cores, and the named packages."
     return dict(

@@ -27,6 +27,7 @@ from transformer_course.flops import model_flops_per_token
 from transformer_course.gpt import GPT, GPTConfig
 from transformer_course.logs import LogFile, TensorBoard
 from transformer_course.multihead import padding_mask
+from transformer_course.optim import Muon
 from transformer_course.stopping import Stopped
 from transformer_course.strategy import Precision, SingleProcess, choose_compile, choose_precision
 from transformer_course.training import TrainConfig, TrainState, train, update
@@ -89,6 +90,21 @@ def test_resume_is_exact_in_all_numbers(tmp_path, dtype, optimizer):
     assert whole.losses[-1] < whole.losses[0] - 0.001 and whole.first_step == 0
     assert again.first_step == 4 and again.losses == whole.losses[4:]
     assert again.val == whole.val and again.tokens == whole.tokens == 12 * 2 * 64
+
+
+def test_short_numbers_reach_muon():
+    for name, dtype in dict(auto=None, float16=None, bfloat16=torch.bfloat16).items():
+        muon, _ = TrainState(fresh(), TrainConfig(dtype=name)).optimizers
+        assert muon.dtype is dtype
+    g, steps = torch.Generator().manual_seed(0), []
+    gradient = torch.randn(48, 16, generator=g)
+    for dtype in (torch.bfloat16, None):
+        weight = nn.Parameter(torch.zeros(48, 16))
+        weight.grad = gradient
+        Muon([weight], dtype=dtype).step()
+        steps.append(weight.detach())
+    assert weight.dtype == torch.float32
+    assert 1e-4 < (steps[0] - steps[1]).norm() / steps[1].norm() < 0.05
 
 
 def test_an_old_checkpoint_is_taken_up(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_heads', 'merge_heads', 'head_sizes', 'combine_masks', 'cross_heads', 'make_ready', 'kernel_mask',
-           'MultiHeadAttention', 'padding_mask']
+           'kernel_attention', 'MultiHeadAttention', 'padding_mask']
 
 # %% ../nbs/04_multihead.ipynb #277a600c
 from collections.abc import Callable
@@ -111,6 +111,22 @@ def kernel_mask(
         return None, causal and T > 1  # the last token alone may look at everything
     return combine_masks(T, S, mask, causal, window, device), False
 
+# %% ../nbs/04_multihead.ipynb #4a34e446
+def kernel_attention(
+    q: Tensor,  # (B, H, T, D)
+    k: Tensor,  # (B, n_kv_head, S, D)
+    v: Tensor,  # (B, n_kv_head, S, D)
+    *rules,  # mask, dropout, triangle, as `F.scaled_dot_product_attention` takes them
+    **how,  # scale, enable_gqa
+) -> Tensor:  # (B, H, T, D)
+    "PyTorch's kernel; a CPU that trains in sixteen bits gets it in float32."
+    short = q.dtype in (torch.bfloat16, torch.float16)
+    if not (short and q.is_cpu and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, *rules, **how)
+    with torch.autocast('cpu', enabled=False):  # it would make them short again
+        long = (z.float() for z in (q, k, v))
+        return F.scaled_dot_product_attention(*long, *rules, **how).to(q.dtype)
+
 # %% ../nbs/04_multihead.ipynb #f030b3f7
 class MultiHeadAttention(nn.Module):
     "Multi-head attention, self or cross (Vaswani 2017, arXiv 1706.03762, section 3.2.2)."
@@ -156,9 +172,8 @@ class MultiHeadAttention(nn.Module):
         causal, window = (self.causal, self.window) if memory is None else (False, None)
         mask, triangle = kernel_mask(q.shape[2], k.shape[2], mask, causal, window, q.device)
         p, grouped = self.attn_dropout * self.training, self.n_kv_head != self.n_head
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, p, triangle, scale=self.scale, enable_gqa=grouped
-        )
+        how = dict(scale=self.scale, enable_gqa=grouped)
+        out = kernel_attention(q, k, v, mask, p, triangle, **how)
         return self.c_proj(merge_heads(out))  # (B, H, T, D) -> (B, T, C)
 
     @torch.no_grad()

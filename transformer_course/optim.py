@@ -86,6 +86,7 @@ def orthogonalize(
 # %% ../nbs/09_optim.ipynb #b317d19d
 def muon_updates(
     matrices: list[Tensor],  # (M, N) each, of any shapes: gradients, averaged
+    dtype: torch.dtype | None = None,  # of the products, see `orthogonalize`
 ) -> list[Tensor]:  # of the same shapes: what to subtract, for a step size of 1
     "Orthogonalise each matrix; those with more rows than columns get a longer step."
     places = {}  # shape -> where in the list
@@ -94,7 +95,7 @@ def muon_updates(
     updates = [None] * len(matrices)
     for (rows, columns), same in places.items():
         stack = torch.stack([matrices[i] for i in same])  # (n, rows, columns)
-        stack = orthogonalize(stack) * max(1.0, rows / columns) ** 0.5
+        stack = orthogonalize(stack, dtype=dtype) * max(1.0, rows / columns) ** 0.5
         for i, update in zip(same, stack):
             updates[i] = update
     return updates
@@ -147,7 +148,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,  # share of the old average that is kept
         momentum_warmup: int = 100,  # steps over which momentum rises, from 0.1 less; 0: none
         weight_decay: float = 0.0,  # share of a weight taken off per step and unit of lr
+        dtype: torch.dtype | None = None,  # of the products, see `orthogonalize`
     ):
+        self.dtype = dtype
         defaults = dict(lr=lr, momentum=momentum, momentum_warmup=momentum_warmup)
         super().__init__(params, defaults | dict(weight_decay=weight_decay, sizes=None, count=0))
 
@@ -182,7 +185,7 @@ class Muon(torch.optim.Optimizer):
             parts = []
             for p in params:
                 parts += self.look_ahead(p, momentum).split(group['sizes'] or p.shape[0])
-            updates, n = muon_updates(parts), len(group['sizes'] or [1])
+            updates, n = muon_updates(parts, self.dtype), len(group['sizes'] or [1])
             for i, p in enumerate(params):
                 update = torch.cat(updates[i * n : (i + 1) * n])  # (M, N)
                 p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -218,6 +221,7 @@ def muon_groups(
 def make_optimizers(
     model: nn.Module,  # any; see `hidden_matrices` for what Muon takes
     config: OptimConfig,  # optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2
+    dtype: torch.dtype | None = None,  # of Muon's products, see `orthogonalize`
 ) -> list[torch.optim.Optimizer]:  # Muon and AdamW, or one of them
     "AdamW for everything, or Muon for the hidden matrices and AdamW for the others."
     fused = next(model.parameters()).device.type == 'cuda'
@@ -226,7 +230,8 @@ def make_optimizers(
         return [torch.optim.AdamW(decay_groups(model, config.weight_decay), **adamw)]
     optimizers, groups = [], muon_groups(model)
     if groups:
-        optimizers = [Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay)]
+        how = dict(lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)
+        optimizers = [Muon(groups, **how)]
     taken = {id(p) for group in groups for p in group['params']}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     if others:
