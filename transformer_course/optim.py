@@ -182,9 +182,8 @@ class Muon(torch.optim.Optimizer):
             rising = max(0.0, 1 - group['count'] / max(1, group['momentum_warmup']))
             momentum = group['momentum'] - 0.1 * rising
             params = [p for p in group['params'] if p.grad is not None]
-            parts = []
-            for p in params:
-                parts += self.look_ahead(p, momentum).split(group['sizes'] or p.shape[0])
+            whole = [self.look_ahead(p, momentum) for p in params]
+            parts = [part for w in whole for part in w.split(group['sizes'] or len(w))]
             updates, n = muon_updates(parts, self.dtype), len(group['sizes'] or [1])
             for i, p in enumerate(params):
                 update = torch.cat(updates[i * n : (i + 1) * n])  # (M, N)
@@ -221,17 +220,17 @@ def muon_groups(
 def make_optimizers(
     model: nn.Module,  # any; see `hidden_matrices` for what Muon takes
     config: OptimConfig,  # optimizer, learning_rate, muon_lr, weight_decay, beta1, beta2
-    dtype: torch.dtype | None = None,  # of Muon's products, see `orthogonalize`
+    dtype: torch.dtype | None = None,  # of the model's products; Muon's are bfloat16 if these are
 ) -> list[torch.optim.Optimizer]:  # Muon and AdamW, or one of them
     "AdamW for everything, or Muon for the hidden matrices and AdamW for the others."
     fused = next(model.parameters()).device.type == 'cuda'
     adamw = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
     if config.optimizer == 'adamw':
         return [torch.optim.AdamW(decay_groups(model, config.weight_decay), **adamw)]
-    optimizers, groups = [], muon_groups(model)
-    if groups:
-        how = dict(lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)
-        optimizers = [Muon(groups, **how)]
+    short = dtype if dtype == torch.bfloat16 else None
+    muon = dict(lr=config.muon_lr, weight_decay=config.weight_decay, dtype=short)
+    groups = muon_groups(model)
+    optimizers = [Muon(groups, **muon)] if groups else []
     taken = {id(p) for group in groups for p in group['params']}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     if others:

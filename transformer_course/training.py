@@ -85,8 +85,7 @@ class TrainState:
         dtype = choose_precision(self.device, self.config.dtype)
         self.precision = Precision(self.device, dtype)
         self.forward = self.parallel.wrap(model)  # first of all: sharding replaces the weights
-        short = dtype if dtype == torch.bfloat16 else None  # for Muon's products as well
-        self.optimizers = make_optimizers(model, self.config, short)
+        self.optimizers = make_optimizers(model, self.config, dtype)
         if choose_compile(self.device, self.config.compile, self.config.max_iters):
             self.forward = torch.compile(self.forward)
         self.generator = torch.Generator().manual_seed(self.config.seed)  # batches
