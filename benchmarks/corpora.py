@@ -170,10 +170,7 @@ def main(arguments=None):
     found = study(args.nanogpt, texts, SEEDS[: args.runs])
     setting = dict(
         threads=1,
-        versions=peers.versions(
-            nanogpt=peers.checkout_version(args.nanogpt),
-            **{'bfloat16 units': peers.bfloat16_units()},
-        ),
+        versions=peers.beside_nanogpt(args.nanogpt),
         recipes=dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG),
         factors=FACTORS,
     )

@@ -94,8 +94,7 @@ def main():
     show(mean, ratio)
     if args.text or args.part != 'validation':
         return
-    units = {'bfloat16 units': peers.bfloat16_units()}
-    versions = peers.versions(nanogpt=peers.checkout_version(args.nanogpt), **units)
+    versions = peers.beside_nanogpt(args.nanogpt)
     recipes = dict(nanogpt=peers.NANOGPT_CPU, fast=FAST, long=LONG)
     measured = dict(mean=mean, ratio=ratio, runs=rows)
     about = dict(text=source, versions=versions, threads=1, recipes=recipes)

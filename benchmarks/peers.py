@@ -35,7 +35,7 @@ PARTS = ('validation', 'tuning')
 
 
 def bfloat16_units():
-    "Whether the processor multiplies numbers of sixteen bits itself, on which `long` relies."
+    "Whether the processor multiplies numbers of sixteen bits itself."
     import torch
 
     units = torch.cpu.get_capabilities()
@@ -61,6 +61,12 @@ def checkout_version(path):
     if done.returncode == 0 and Path(top).resolve() == Path(path).resolve():
         return done.stdout.strip()[:12]
     return 'a folder without history'
+
+
+def beside_nanogpt(checkout):
+    "`versions` for trainings beside nanoGPT's; in which numbers the recipes multiply counts, too."
+    units = {'bfloat16 units': bfloat16_units()}
+    return versions(nanogpt=checkout_version(checkout), **units)
 
 
 def split(text, part='validation'):

@@ -116,16 +116,19 @@ def kernel_attention(
     q: Tensor,  # (B, H, T, D)
     k: Tensor,  # (B, n_kv_head, S, D)
     v: Tensor,  # (B, n_kv_head, S, D)
-    *rules,  # mask, dropout, triangle, as `F.scaled_dot_product_attention` takes them
+    mask: Tensor | None = None,  # this and the others as `F.scaled_dot_product_attention` has them
+    *rules,  # dropout, triangle
     **how,  # scale, enable_gqa
 ) -> Tensor:  # (B, H, T, D)
     "PyTorch's kernel; a CPU that trains in sixteen bits gets it in float32."
     short = q.dtype in (torch.bfloat16, torch.float16)
     if not (short and q.is_cpu and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, *rules, **how)
+        return F.scaled_dot_product_attention(q, k, v, mask, *rules, **how)
     with torch.autocast('cpu', enabled=False):  # it would make them short again
         long = (z.float() for z in (q, k, v))
-        return F.scaled_dot_product_attention(*long, *rules, **how).to(q.dtype)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()  # numbers to add are as long as the scores
+        return F.scaled_dot_product_attention(*long, mask, *rules, **how).to(q.dtype)
 
 # %% ../nbs/04_multihead.ipynb #f030b3f7
 class MultiHeadAttention(nn.Module):
