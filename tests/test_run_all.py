@@ -14,6 +14,10 @@ LATE = '''import time
 while time.process_time() < 3:
     pass'''
 WORK = "import transformer_course\nassert 'package' in transformer_course.__file__"
+ASKS = """from transformer_course.course.missing import at_hand, rest_needs
+from transformer_course.wheels import Wheel, wheel_bytes
+found = at_hand(wheel_bytes, Wheel('a-lost-package', '1.0', sha256='0' * 64), offline=True)
+"""
 WRITES = "from pathlib import Path\nPath('{}').write_text('x')"
 
 
@@ -57,6 +61,15 @@ def tried(tmp_path, package, monkeypatch, capfd):
 def test_a_good_notebook(tried):
     good, said = tried(WORK, 'print(1)')
     assert good and 'states 10 s: ok' in said
+
+
+def test_a_notebook_without_its_model(tried):
+    "What comes after the line that asks for it is left out; without that line it fails."
+    needs = 'raise ValueError("this cell needs the package")'
+    good, said = tried(WORK, ASKS + 'rest_needs(found)', needs)
+    assert good and 'ok' in said
+    good, said = tried(WORK, ASKS, needs)
+    assert not good and 'this cell needs the package' in said
 
 
 def test_the_kernel_is_gone_afterwards(tried, monkeypatch):

@@ -52,6 +52,7 @@ SUPPORT += [
     'ledger',
     'pages',
     'long_runs',
+    'missing',
 ]  # in this order; then the others, by name
 
 

@@ -1,6 +1,6 @@
 """The Transformer, from a bigram to a GPT: `from transformer_course import GPT, train`."""
 
-__version__ = "0.6.1"
+__version__ = "0.6.2"
 
 from importlib import import_module as _import_module
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .block import Block
 from .checkpoint import build_model, course_class, shadow_model
 from .files import steady
+from .layout import give_back
 from .manifest import verified_checkpoint
 from .tensors import TensorFile
 
@@ -205,6 +206,7 @@ def read_int8(
             bias = None if m.bias is None else tensors[f'{name}.bias'].clone()
             layer = Int8Linear(rows[source] if source in rows else tensors[source], bias)
         setattr(model.get_submodule(parent), leaf, layer)
+        give_back()  # the floats and the bytes that the kernel has packed anew
     return model.eval(), about
 
 # %% ../nbs/support/int8.ipynb #6d965e08

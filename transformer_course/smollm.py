@@ -20,6 +20,7 @@ from .fetching import SourceError, cache_dir, is_offline, keep
 from .files import checksum, read_json
 from .gguf import GGUFFile
 from .gpt import GPT, GPTConfig
+from .layout import give_back
 from .int8 import Int8Embedding, Int8Linear, place_tensor, quantize_rows
 from .positions import Rotary
 from .tensors import TensorFile
@@ -48,6 +49,7 @@ def _in_bytes(
     for name in maps:
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, Int8Linear(tensors[f'{name}.weight']))
+        give_back()  # the floats and the bytes that the kernel has packed anew
     model.lm_head = Int8Linear(rows)
     if model.config.tie_weights:
         model.transformer.wte = Int8Embedding(rows)
