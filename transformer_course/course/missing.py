@@ -23,18 +23,18 @@ def at_hand(
         print(f'It cannot be had here, and the cells that need it are left out. {e}')
 
 # %% ../../nbs/support/missing.ipynb #4bc593f1
-def _nothing(
+def _left_out(
     lines: list[str],  # of a cell
-) -> list[str]:  # what is run of it
-    "Nothing; but whoever asks again may."
-    return lines if any('rest_needs(' in line for line in lines) else []
+) -> list[str]:  # what is run instead
+    "Two words; but whoever asks again may."
+    return lines if any('rest_needs(' in line for line in lines) else ["print('left out')\n"]
 
 
 def rest_needs(
     found,  # what the rest of the notebook depends on; None where it cannot be had
     shell=None,  # default: the IPython that runs the notebook
 ) -> None:
-    "Let all cells that follow do nothing where `found` is None; a `ValueError` outside IPython."
+    "Leave out all cells that follow where `found` is None; a `ValueError` outside IPython."
     from IPython import get_ipython
 
     shell = shell or get_ipython()
@@ -45,7 +45,7 @@ def rest_needs(
             )
         return
     before_cells = shell.input_transformers_cleanup
-    if _nothing in before_cells:
-        before_cells.remove(_nothing)
+    if _left_out in before_cells:
+        before_cells.remove(_left_out)
     if found is None:
-        before_cells.append(_nothing)
+        before_cells.append(_left_out)
