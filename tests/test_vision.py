@@ -229,6 +229,10 @@ def test_accuracy_counts():
     wrong = said.clone()
     wrong[:2] = (wrong[:2] + 1) % 5
     assert accuracy(model, x, wrong) == pytest.approx(5 / 7)
+    for training in (True, False):  # a model is left in the mode in which it came
+        model.train(training)
+        accuracy(model, x, said)
+        assert model.training == training
 
 
 @pytest.mark.parametrize('position', POSITIONS)

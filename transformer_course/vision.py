@@ -209,9 +209,12 @@ def accuracy(
     labels: Tensor,  # (N,)
 ) -> float:  # from 0 to 1
     "The share of pictures whose likeliest class is the right one."
+    was_training = model.training
     model.eval()
     parts = zip(images.split(500), labels.split(500))
-    return sum((model(x)[0].argmax(-1) == y).sum().item() for x, y in parts) / len(labels)
+    right = sum((model(x)[0].argmax(-1) == y).sum().item() for x, y in parts)
+    model.train(was_training)
+    return right / len(labels)
 
 # %% ../nbs/14_vision.ipynb #6bec7a99
 @torch.no_grad()
