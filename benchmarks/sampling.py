@@ -44,11 +44,12 @@ MODERN = dict(
     tie_weights=False,
     smear=True,
 )
+CORES = sorted({1, os.cpu_count() or 1})
 SHAPES = dict(
-    small=(dict(block_size=256, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 250),
-    gpt2=(dict(), 40),
+    small=(dict(block_size=256, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 250, [1]),
+    gpt2=(dict(), 40, CORES),
 )
-QUICK = dict(small=(dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=16), 5))
+QUICK = dict(small=(dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=16), 5, [1]))
 
 
 def nanogpt(path, shape):
@@ -194,10 +195,9 @@ def parsed():
 def main():
     args, table, more = parsed(), {}, {}
     least, most = (1, 1) if args.quick else (args.rounds, args.most)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    for name, (shape, n) in (QUICK if args.quick else SHAPES).items():
+    for name, (shape, n, threads) in (QUICK if args.quick else SHAPES).items():
         contestants = contestants_for(name, shape, args.nanogpt)
-        for many in sorted({1, cores} if name == 'gpt2' else {1}):
+        for many in threads:
             key = f"{name}, {many} thread{'s' * (many > 1)}"
             rows, reads = measure(contestants, n, many, least, most)
             table[key] = summary(rows)
